@@ -72,7 +72,8 @@ class Layout:
             )
         dp = world_size // model_ranks
         if self.dp not in (0, dp):
-            raise InputError(f"layout has dp {self.dp} but {world_size} ranks give dp {dp}: start {self.dp * model_ranks} ranks")
+            ranks = self.dp * model_ranks
+            raise InputError(f"layout has dp {self.dp} but {world_size} ranks give dp {dp}: start {ranks} ranks")
         if (dp * self.cp * self.tp) % (self.ep * self.etp):
             raise InputError(f"ep {self.ep} x etp {self.etp} doesn't divide dp x cp x tp = {dp * self.cp * self.tp}")
         return replace(self, dp=dp)

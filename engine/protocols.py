@@ -19,7 +19,7 @@ SwapTier = Literal["alias", "copy", "reshard", "stream"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. One counter-based uniform a token, keyed (seed, sample id, position), inverts the CDF in vocabulary order."""
+    """One counter-based uniform a token, keyed (seed, sample id, position), inverts the CDF in vocabulary order."""
 
     n: int = 1
     """Samples a prompt; they share the prompt's key/value blocks."""
