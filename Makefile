@@ -7,8 +7,9 @@ PRESET ?= smollm2
 RANKS ?= 2
 ARGS ?=
 
-# Relative, because pip splits this variable at spaces and the repository's path may have some.
+# Relative, because pip splits these variables at spaces and the repository's path may have some.
 export PIP_CONSTRAINT := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SUPPORTED = import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "strop needs Python 3.11 to 3.13, \
