@@ -119,7 +119,9 @@ class Transformer(nn.Module):
             else:
                 key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * self.config.init_std)
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device="cpu") * self.config.init_std
+                )
 
     def alias_parameters(self, tensors: Mapping[str, Tensor]) -> None:
         """Make every parameter share the storage of the tensor of its (canonical) name, without gradients.
