@@ -1,0 +1,72 @@
+"""A process in which Triton interprets its kernels on the CPU: `python interpreter.py` serves calls over its standard pipes.
+
+TRITON_INTERPRET is read when a kernel is decorated, so it needs a process of its own. A request is a pickled
+(function, arguments, keywords, upstream gradients or None); the reply is (outputs, gradients) or the exception.
+"""
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def call_with_gradients(
+    function: Callable, arguments: Sequence[Any], keywords: dict[str, Any], upstream: Sequence[Tensor] | None
+) -> tuple[Any, list[Tensor | None]]:
+    """(outputs, gradient of each tensor argument that requires one) for `upstream`, one gradient a floating output."""
+    outputs = function(*arguments, **keywords)
+    if upstream is None:
+        return outputs, []
+    several = outputs if isinstance(outputs, tuple) else (outputs,)
+    inputs = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+    gradients = torch.autograd.grad([o for o in several if o.requires_grad], inputs, upstream, allow_unused=True)
+    detached = tuple(o.detach() if isinstance(o, Tensor) else o for o in several)
+    return (detached if isinstance(outputs, tuple) else detached[0]), list(gradients)
+
+
+class Interpreter:
+    """The parent's side."""
+
+    def __init__(self) -> None:
+        environment = os.environ | {"TRITON_INTERPRET": "1", "STROP_KERNELS": "triton"}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+        )
+
+    def __call__(self, function: Callable, *arguments: Any, upstream: Sequence[Tensor] | None = None, **keywords: Any):
+        """What `call_with_gradients` returns over there; an exception is raised here again."""
+        pickle.dump((function, arguments, keywords, upstream), self.process.stdin)
+        self.process.stdin.flush()
+        reply = pickle.load(self.process.stdout)
+        if isinstance(reply, BaseException):
+            raise reply
+        return reply
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+
+
+def serve() -> None:
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever prints goes to stderr, not into the replies
+    while True:
+        try:
+            function, arguments, keywords, upstream = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            reply = call_with_gradients(function, arguments, keywords, upstream)
+        except Exception as error:
+            reply = error
+        pickle.dump(reply, replies)
+        replies.flush()
+
+
+if __name__ == "__main__":
+    serve()
