@@ -18,7 +18,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     `transformers` rounds the normalised row before it applies the weight too; in fp32 the two are the same.
 
-    Raises TypeError for other dtypes; ValueError for wrong shapes or devices, and for H > 16384 in Triton; RuntimeError for
+    Raises TypeError for other dtypes; ValueError for wrong shapes or devices, and for H > 8192 in Triton; RuntimeError for
     a double backward.
     """
     require_floating("rms_norm", x=x, weight=weight)
