@@ -1,15 +1,16 @@
 """A process in which Triton interprets its kernels on the CPU: `python interpreter.py` serves calls over its standard pipes.
 
-TRITON_INTERPRET is read when a kernel is decorated, so it needs a process of its own. A request is a pickled
-(function, arguments, keywords, upstream gradients or None); the reply is (outputs, gradients) or the exception.
+TRITON_INTERPRET is read when a kernel is decorated, so it needs a process of its own. A request is (function, arguments,
+keywords, upstream gradients or None); the reply is (outputs, gradients) or the exception.
 """
 
+import io
 import os
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -29,6 +30,18 @@ def call_with_gradients(
     return (detached if isinstance(outputs, tuple) else detached[0]), list(gradients)
 
 
+def send(pipe: BinaryIO, value: Any) -> None:
+    """torch.save keeps strides, shared storage and every dtype; tensors pickled by themselves lose float8."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    pickle.dump(buffer.getvalue(), pipe)
+    pipe.flush()
+
+
+def receive(pipe: BinaryIO) -> Any:
+    return torch.load(io.BytesIO(pickle.load(pipe)), weights_only=False)
+
+
 class Interpreter:
     """The parent's side."""
 
@@ -40,9 +53,8 @@ class Interpreter:
 
     def __call__(self, function: Callable, *arguments: Any, upstream: Sequence[Tensor] | None = None, **keywords: Any):
         """What `call_with_gradients` returns over there; an exception is raised here again."""
-        pickle.dump((function, arguments, keywords, upstream), self.process.stdin)
-        self.process.stdin.flush()
-        reply = pickle.load(self.process.stdout)
+        send(self.process.stdin, (function, arguments, keywords, upstream))
+        reply = receive(self.process.stdout)
         if isinstance(reply, BaseException):
             raise reply
         return reply
@@ -57,15 +69,14 @@ def serve() -> None:
     os.dup2(2, 1)  # whatever prints goes to stderr, not into the replies
     while True:
         try:
-            function, arguments, keywords, upstream = pickle.load(sys.stdin.buffer)
+            function, arguments, keywords, upstream = receive(sys.stdin.buffer)
         except EOFError:
             return
         try:
             reply = call_with_gradients(function, arguments, keywords, upstream)
         except Exception as error:
             reply = error
-        pickle.dump(reply, replies)
-        replies.flush()
+        send(replies, reply)
 
 
 if __name__ == "__main__":
