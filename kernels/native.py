@@ -26,12 +26,13 @@ def why_missing(name: LibraryName) -> str:
     return noted[0] if noted else f"{name} was not built (install strop from source to build it)"
 
 
-def current_stream(device: torch.device) -> ctypes.c_void_p:
-    """The CUDA stream that torch uses now on `device`, as a launcher takes it."""
-    return ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+def launch(function: str, device: torch.device, *arguments: ctypes._SimpleCData) -> None:
+    """Call a launcher of strop_cuda on torch's current stream of `device`, which is its last argument.
 
-
-def check_launch(code: int, what: str) -> None:
-    """RuntimeError unless a launcher returned 0 (cudaSuccess)."""
+    Raises RuntimeError with the CUDA error code where the launcher returns one.
+    """
+    with torch.cuda.device(device):
+        stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+        code = getattr(library("strop_cuda"), function)(*arguments, stream)
     if code:
-        raise RuntimeError(f"{what}: the launch failed with CUDA error {code}")
+        raise RuntimeError(f"{function}: CUDA error {code} (cudaError_t in driver_types.h)")
