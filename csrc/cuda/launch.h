@@ -1,0 +1,27 @@
+// What every .cu file of this folder includes: the CUDA runtime, or the emulation that runs the same source on the CPU in
+// tests (tests/kernels/emulation). Three spellings make that possible:
+//
+//   STROP_LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...)   for kernel<<<grid, block, shared_bytes, stream>>>(...);
+//                                                                         a kernel<A, B> stands in parentheses
+//   STROP_DYNAMIC_SHARED(type, name)                                      declares `type* name`, the dynamic shared memory
+//   STROP_LAUNCHER int strop_name(..., void* stream)                      a function of the C interface: 0 or a cudaError_t
+#pragma once
+
+#include <cstdint>
+
+#ifdef STROP_EMULATION
+#include "cuda_emulation.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define STROP_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  kernel<<<(grid), (block), (shared_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+
+#define STROP_DYNAMIC_SHARED(type, name)                                \
+  extern __shared__ __align__(16) unsigned char strop_dynamic_shared[]; \
+  type* name = reinterpret_cast<type*>(strop_dynamic_shared)
+#endif
+
+#define STROP_LAUNCHER extern "C" __attribute__((visibility("default")))
