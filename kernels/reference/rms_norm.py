@@ -1,6 +1,5 @@
 """RMSNorm (arXiv 1910.07467): y = x r w with r = 1 / sqrt(mean(x^2) + eps), rounded once, at the end."""
 
-import torch
 from torch import Tensor
 
 from .precision import wide

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..rectangles import RectanglePair, rectangle_pairs
 from .ahead_of_time import AotCase
 
-ENTRIES = 512
+ENTRIES = 256
 """Rectangles of one launch: each program finds its own among them by one vector comparison."""
 TILE = 8192
 FIELDS = 8

@@ -19,8 +19,12 @@ from torch import Tensor
 def call_with_gradients(
     function: Callable, arguments: Sequence[Any], keywords: dict[str, Any], upstream: Sequence[Tensor] | None
 ) -> tuple[Any, list[Tensor | None]]:
-    """(outputs, gradient of each tensor argument that requires one) for `upstream`, one gradient a floating output."""
+    """(outputs, gradient of each tensor argument that requires one) for `upstream`, one gradient a floating output.
+
+    A function that returns None writes into its arguments: they are the outputs.
+    """
     outputs = function(*arguments, **keywords)
+    outputs = arguments if outputs is None else outputs
     if upstream is None:
         return outputs, []
     several = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -45,6 +49,8 @@ def receive(pipe: BinaryIO) -> Any:
 class Interpreter:
     """The parent's side."""
 
+    here = staticmethod(call_with_gradients)
+
     def __init__(self) -> None:
         environment = os.environ | {"TRITON_INTERPRET": "1", "STROP_KERNELS": "triton"}
         self.process = subprocess.Popen(
@@ -58,6 +64,16 @@ class Interpreter:
         if isinstance(reply, BaseException):
             raise reply
         return reply
+
+    def check(
+        self, function: Callable, *arguments: Any, upstream: Sequence[Tensor] | None = None,
+        rtol: float | None = None, atol: float | None = None, **keywords: Any,
+    ) -> None:  # fmt: skip
+        """Assert that Triton gives the reference's outputs and gradients."""
+        expected, expected_gradients = call_with_gradients(function, arguments, keywords, upstream)
+        outputs, gradients = self(function, *arguments, upstream=upstream, **keywords)
+        torch.testing.assert_close(outputs, expected, rtol=rtol, atol=atol, equal_nan=True)
+        torch.testing.assert_close(gradients, expected_gradients, rtol=rtol, atol=atol, equal_nan=True)
 
     def close(self) -> None:
         self.process.stdin.close()
