@@ -12,7 +12,8 @@ def require_floating(op: str, **tensors: Tensor) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} is a {type(tensor).__name__}: pass a torch.Tensor")
         if tensor.dtype not in FLOATING:
-            raise TypeError(f"{op}: {name} is {tensor.dtype}: pass float32, bfloat16, float16 or float64 (tensor.float() converts)")
+            accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
+            raise TypeError(f"{op}: {name} is {tensor.dtype}: pass one of {accepted} (tensor.float() converts)")
 
 
 def require_integers(op: str, **tensors: Tensor) -> None:

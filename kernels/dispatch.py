@@ -108,7 +108,8 @@ def define_op(
     name = schema.partition("(")[0]
 
     def refuse(ctx, *gradients):
-        raise RuntimeError(f"strop::{name} has no gradient: {why_no_gradient}. strop.kernels.reference holds the formula in plain torch")
+        raise RuntimeError(f"strop::{name} has no gradient: {why_no_gradient}. The formula in plain torch, which can be "
+                           "differentiated any number of times, is in strop.kernels.reference")  # fmt: skip
 
     LIBRARY.define(schema)
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")

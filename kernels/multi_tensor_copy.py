@@ -35,7 +35,7 @@ def multi_tensor_copy(sources: Sequence[Tensor], destinations: Sequence[Tensor])
         )
         if source.dtype != destination.dtype and not {source.dtype, destination.dtype} <= set(FLOATING):
             raise TypeError(f"multi_tensor_copy: sources[{i}] is {source.dtype}, destinations[{i}] {destination.dtype}: only "
-                            "float32, bfloat16 and float16 are converted into each other; use destination.copy_(source)")  # fmt: skip
+                            "float32, bfloat16 and float16 are converted; use destination.copy_(source)")  # fmt: skip
         if any(size > 1 and stride == 0 for size, stride in zip(destination.shape, destination.stride(), strict=True)):
             raise ValueError(f"multi_tensor_copy: destinations[{i}] has strides {destination.stride()} and so holds an element "
                              "twice: pass a tensor that was not expanded")  # fmt: skip
@@ -48,7 +48,8 @@ def _run(sources: list[Tensor], destinations: list[Tensor]) -> None:
     anywhere = torch.empty(0, dtype=torch.uint8, device=sources[0].device)
     converted = [(s.dtype, d.dtype) for s, d in zip(sources, destinations, strict=True) if s.dtype != d.dtype]
     if choose("multi_tensor_copy", anywhere, AVAILABLE) != "reference" and any(torch.float64 in pair for pair in converted):
-        raise TypeError("multi_tensor_copy: kernels don't convert float64: use destination.copy_(source) or STROP_KERNELS=reference")
+        raise TypeError("multi_tensor_copy: kernels don't convert float64: use destination.copy_(source), or "
+                        "STROP_KERNELS=reference")  # fmt: skip
     form("multi_tensor_copy", anywhere, AVAILABLE).multi_tensor_copy(sources, destinations)
 
 

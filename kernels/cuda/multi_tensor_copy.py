@@ -19,4 +19,5 @@ def multi_tensor_copy(sources: list[Tensor], destinations: list[Tensor]) -> None
     ]
     if table:
         rows = torch.tensor(table, dtype=torch.int64, device="cpu")
-        native.launch("strop_multi_tensor_copy", sources[0].device, ctypes.c_void_p(rows.data_ptr()), ctypes.c_int64(len(table)))
+        arguments = ctypes.c_void_p(rows.data_ptr()), ctypes.c_int64(len(table))
+        native.launch("strop_multi_tensor_copy", sources[0].device, *arguments)

@@ -6,7 +6,9 @@ from torch import Tensor
 from .precision import wide
 
 
-def expert_order(expert_ids: Tensor, num_experts: int, multiple_of: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def expert_order(
+    expert_ids: Tensor, num_experts: int, multiple_of: int, num_rows: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(rows [T, k], sources [R], counts [E], offsets [E + 1]), int32: a stable sort, each expert padded on its own."""
     ids = expert_ids.flatten().long()
     taking_part = (ids >= 0) & (ids < num_experts)
@@ -31,7 +33,9 @@ def expert_order(expert_ids: Tensor, num_experts: int, multiple_of: int, num_row
 def moe_permute(hidden: Tensor, rows: Tensor, sources: Tensor) -> Tensor:
     """hidden [T, H] -> [R, H], zeros where a row has no source."""
     tokens = sources.clamp(min=0) // max(rows.shape[1], 1)
-    return torch.where(sources[:, None] < 0, 0, hidden[tokens]) if len(hidden) else hidden.new_zeros(len(sources), hidden.shape[1])
+    if not len(hidden):
+        return hidden.new_zeros(len(sources), hidden.shape[1])
+    return torch.where(sources[:, None] < 0, 0, hidden[tokens])
 
 
 def moe_unpermute(expert_out: Tensor, weights: Tensor | None, rows: Tensor) -> Tensor:
@@ -44,7 +48,9 @@ def moe_unpermute(expert_out: Tensor, weights: Tensor | None, rows: Tensor) -> T
     return total.to(expert_out.dtype)
 
 
-def moe_unpermute_backward(dout: Tensor, expert_out: Tensor, weights: Tensor, rows: Tensor, sources: Tensor) -> tuple[Tensor, Tensor]:
+def moe_unpermute_backward(
+    dout: Tensor, expert_out: Tensor, weights: Tensor, rows: Tensor, sources: Tensor
+) -> tuple[Tensor, Tensor]:
     """(d expert_out, d weights): w dout in each row, and the dot product of dout with what the row held."""
     if not len(expert_out):
         return torch.zeros_like(expert_out), torch.zeros_like(weights)

@@ -11,7 +11,7 @@ SMALLEST_SCALE = 2.0**-126
 
 def quantize_fp8(x: Tensor, block_rows: int, power_of_two: bool) -> tuple[Tensor, Tensor]:
     """x [..., M, K] -> (q [..., M, K], scale [..., ceil(M / block_rows), ceil(K / 128)])."""
-    *batch, m, k = x.shape
+    m, k = x.shape[-2:]
     padded = F.pad(x.float(), (0, -k % 128, 0, -m % block_rows))
     blocks = padded.unflatten(-1, (-1, 128)).unflatten(-3, (-1, block_rows))  # [..., M / rows, rows, K / 128, 128]
     largest = blocks.abs().amax((-3, -1))

@@ -19,7 +19,7 @@ INT32 = "*i32:16"
 
 @triton.jit
 def count_kernel(ids_ptr, prefix_ptr, num_assignments, num_experts, ASSIGNMENTS: tl.constexpr, EXPERTS: tl.constexpr):
-    """Row b of prefix gets the number of assignments to each expert in block b. EXPERTS > num_experts; the last takes no part."""
+    """Row b of prefix gets the number of assignments to each expert in block b. EXPERTS > num_experts: the last is nobody."""
     block = tl.program_id(0)
     places = block * ASSIGNMENTS + tl.arange(0, ASSIGNMENTS)
     ids = tl.load(ids_ptr + places, mask=places < num_assignments, other=-1).to(tl.int32)
@@ -83,7 +83,8 @@ def permute_kernel(
     source = tl.load(sources_ptr + rows, mask=rows < num_rows, other=-1)
     tokens = (source // CHOICES).to(tl.int64)[:, None]
     inside = columns < size
-    values = tl.load(hidden_ptr + tokens * token_stride + columns * column_stride, mask=inside & (source >= 0)[:, None], other=0.0)
+    cells = hidden_ptr + tokens * token_stride + columns * column_stride
+    values = tl.load(cells, mask=inside & (source >= 0)[:, None], other=0.0)
     tl.store(out_ptr + rows[:, None] * size + columns, values, mask=inside & (rows < num_rows)[:, None])
 
 
@@ -129,7 +130,9 @@ def unpermute_backward_kernel(
     tl.store(dweights_ptr + source, tl.sum(dot, axis=0), mask=source >= 0)
 
 
-def expert_order(expert_ids: Tensor, num_experts: int, multiple_of: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def expert_order(
+    expert_ids: Tensor, num_experts: int, multiple_of: int, num_rows: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def integers(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=expert_ids.device)
 
@@ -185,7 +188,9 @@ def moe_unpermute(expert_out: Tensor, weights: Tensor | None, rows: Tensor) -> T
     return out
 
 
-def moe_unpermute_backward(dout: Tensor, expert_out: Tensor, weights: Tensor, rows: Tensor, sources: Tensor) -> tuple[Tensor, Tensor]:
+def moe_unpermute_backward(
+    dout: Tensor, expert_out: Tensor, weights: Tensor, rows: Tensor, sources: Tensor
+) -> tuple[Tensor, Tensor]:
     num_rows, size = expert_out.shape
     dexpert_out = torch.empty(num_rows, size, dtype=expert_out.dtype, device=expert_out.device)
     dweights = torch.zeros(weights.shape, dtype=torch.float32, device=weights.device)

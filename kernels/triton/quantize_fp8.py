@@ -40,7 +40,8 @@ def quantize_fp8_kernel(
     q = tl.where(finite != 0, q, float("nan"))
     scale = tl.where(finite != 0, scale, float("nan"))
     tl.store(q_ptr + (batch * num_rows + rows) * size + columns, q.to(q_ptr.dtype.element_ty), mask=inside)
-    tl.store(scale_ptr + (batch * scale_rows + scale_row) * scale_columns + tl.program_id(1), scale, mask=scale_row < scale_rows)
+    scale_cells = scale_ptr + (batch * scale_rows + scale_row) * scale_columns + tl.program_id(1)
+    tl.store(scale_cells, scale, mask=scale_row < scale_rows)
 
 
 def tile(block_rows: int) -> dict[str, int | bool]:
@@ -74,6 +75,7 @@ def aot_cases() -> list[AotCase]:
             "scale_columns": "i32:16", "x_batch_stride": "i64:16", "x_row_stride": "i32:16", "x_column_stride": 1,
             "POWER_OF_TWO": power_of_two, **meta,
         }  # fmt: skip
-        cases.append(AotCase(quantize_fp8_kernel, arguments, num_warps, label=f"{block_rows}x128{' 2^n' if power_of_two else ''}"))
+        label = f"{block_rows}x128{' 2^n' if power_of_two else ''}"
+        cases.append(AotCase(quantize_fp8_kernel, arguments, num_warps, label=label))
     transposed = cases[0].arguments | {"x_row_stride": 1, "x_column_stride": "i32:16"}
     return [*cases, AotCase(quantize_fp8_kernel, transposed, 4, label="1x128 transposed")]

@@ -19,7 +19,7 @@ def rope_kernel(
     heads = tl.program_id(1).to(tl.int64) * HEADS + tl.arange(0, HEADS)
     columns = tl.arange(0, BLOCK_HALF).to(tl.int64)
     in_half = columns < HALF
-    if positions_ptr is None:
+    if positions_ptr is None:  # noqa: SIM108 (Triton compiles both sides of a ternary)
         rows = tokens
     else:
         rows = tl.load(positions_ptr + tokens, mask=tokens < num_tokens, other=0).to(tl.int64)
@@ -71,5 +71,6 @@ def aot_cases() -> list[AotCase]:
             "num_heads": "i32", "table_rows": "i32", "x_token_stride": "i32:16", "x_head_stride": "i32:16",
             "x_column_stride": 1, "INVERSE": inverse, **meta,
         }  # fmt: skip
-        cases.append(AotCase(rope_kernel, arguments, num_warps, label=f"N={num_heads} D={size} {'back' if inverse else ''}".strip()))
+        label = f"N={num_heads} D={size}{' inverse' if inverse else ''}"
+        cases.append(AotCase(rope_kernel, arguments, num_warps, label=label))
     return cases

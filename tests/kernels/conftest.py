@@ -33,6 +33,11 @@ def compile_emulation(source: Path, folder: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def interpreted():
     """An `Interpreter`: `interpreted.check(op, *arguments, upstream=...)` compares Triton with the reference."""

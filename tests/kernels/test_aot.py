@@ -63,8 +63,8 @@ def test_triton_kernels(capsys):
 def test_cuda_sources(source, tmp_path, capsys):
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc on PATH: csrc/cuda cannot be compiled here")
-    command = ["nvcc", "-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", f"-I{HERE.parents[1] / 'csrc/cuda'}",
-               "-Xptxas", "-v", "--keep", "--keep-dir", str(tmp_path), "-cubin", str(source), "-o", str(tmp_path / "out.cubin")]  # fmt: skip
+    flags = "-std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -Xptxas -v --keep -cubin -o out.cubin"
+    command = ["nvcc", *flags.split(), f"-I{HERE.parents[1] / 'csrc/cuda'}", str(source)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (ptx,) = tmp_path.glob("*.ptx")
@@ -75,7 +75,8 @@ def test_cuda_sources(source, tmp_path, capsys):
     )  # fmt: skip
     assert {name for name, *_ in report} == set(bodies)
     kernels = [
-        {"kernel": readable(name), "registers": int(registers), "stack": int(stack), "spills": int(stores) + int(loads),
+        {"kernel": readable(name), "label": source.name, "registers": int(registers), "stack": int(stack),
+         "spills": int(stores) + int(loads),
          "shared": int((re.search(r"(\d+) bytes smem", rest) or [0, 0])[1]), "f64": ".f64" in bodies[name], "wgmma": False}
         for name, stack, stores, loads, registers, rest in report
     ]  # fmt: skip
@@ -84,5 +85,6 @@ def test_cuda_sources(source, tmp_path, capsys):
 
 
 def readable(mangled: str) -> str:
-    names = re.findall(r"\d+([a-z]\w*?_kernel)", mangled)
-    return names[0] if names else mangled
+    """The function's name: in C++'s names its length precedes it."""
+    names = [mangled[m.end() : m.end() + int(m[0])] for m in re.finditer(r"(?<!\d)\d+", mangled)]
+    return next((name for name in names if name.endswith("_kernel")), mangled)

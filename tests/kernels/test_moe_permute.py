@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -68,7 +70,7 @@ def test_a_layer_of_experts():
     ids = random_ids(num_tokens, choices, num_experts)
     order = expert_order(ids, num_experts, multiple_of=8)
     permuted, offsets = moe_permute(hidden, order), order.offsets.tolist()
-    out = [permuted[a:b] @ matrices[e] for e, (a, b) in enumerate(zip(offsets[:-1], offsets[1:], strict=True))]
+    out = [permuted[a:b] @ matrices[e] for e, (a, b) in enumerate(itertools.pairwise(offsets))]
     garbage = torch.full((len(permuted) - offsets[-1], size), torch.nan, dtype=torch.float64)
     result = moe_unpermute(torch.cat([*out, garbage]), order, weights)
     expected = (torch.einsum("th,tkhi->tki", hidden, matrices[ids]) * weights[..., None]).sum(1)
