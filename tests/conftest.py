@@ -18,6 +18,13 @@ import torch
 import torch.distributed as dist
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture
 def run_ranks() -> Callable[..., list[Any]]:
     """`run_ranks(world_size, fn, *args, time_limit=60)` -> [fn(*args) on rank 0, on rank 1, ...].
