@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+
 from strop.engine.config import InputError, Layout
 from strop.engine.parallel import collectives
 from strop.engine.parallel.mesh import AXIS_DIMS, Mesh, axis_ranks
