@@ -2,6 +2,7 @@
 
 import ctypes
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -85,6 +86,7 @@ def _collect(processes: list[Any], pipes: list[Connection], time_limit: float) -
 def _rank_main(
     rank: int, world_size: int, port: int, sender: Connection, fn: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
+    gc.freeze()  # collecting a store of the parent here would join its thread, which a fork doesn't have
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a killed pytest leaves no ranks behind
     # Not dump_traceback_later: pytest's own use of it (faulthandler_timeout) holds a lock that no thread of a fork can release.
     faulthandler.register(signal.SIGUSR1, file=sys.__stderr__)
