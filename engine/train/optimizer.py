@@ -99,8 +99,7 @@ class DistributedAdamW:
         pieces = self._main_grads.split([parameter.numel() for _, parameter in trained])
         self._slots = [self._make_slot(*pair, piece) for pair, piece in zip(trained, pieces, strict=True)]
         self._buckets = _make_buckets(self._slots, BUCKET_BYTES[device.type] if bucket_bytes is None else bucket_bytes)
-        self._steps = torch.zeros(len(self._slots), device=device)
-        """The step count, once a slot because `adamw` counts up each slot's own."""
+        self._steps = torch.zeros((), dtype=torch.int64)
 
     def _make_slot(self, name: str, parameter: nn.Parameter, main_grad: Tensor) -> _Slot:
         assert parameter.ndim and parameter.is_contiguous(), f"{name}: only contiguous parameters have rows to divide"
@@ -115,6 +114,10 @@ class DistributedAdamW:
 
     def zero_grad(self) -> None:
         self._main_grads.zero_()
+
+    def main_grads(self) -> dict[str, Tensor]:
+        """Name -> fp32 gradient, of the parameter's shape, by reference."""
+        return {slot.name: slot.main_grad for slot in self._slots}
 
     @torch.no_grad()
     def reduce_gradients(self) -> float:
@@ -136,11 +139,10 @@ class DistributedAdamW:
         if self._coefficient != 1.0:
             for slot in self._slots:
                 slot.grad.mul_(self._coefficient)
-        owned = [index for index, slot in enumerate(self._slots) if slot.own.numel()]
-        matrices = [index for index in owned if self._slots[index].parameter.ndim > 1]
-        vectors = [index for index in owned if self._slots[index].parameter.ndim == 1]
-        self._update(matrices, lr, self._config.weight_decay)
-        self._update(vectors, lr, weight_decay=0.0)
+        owned = [slot for slot in self._slots if slot.own.numel()]
+        self._update([slot for slot in owned if slot.parameter.ndim > 1], lr, self._config.weight_decay)
+        self._update([slot for slot in owned if slot.parameter.ndim == 1], lr, weight_decay=0.0)
+        self._steps += 1
         for slot in self._slots:
             if slot.master is not slot.own:
                 slot.own.copy_(slot.master)
@@ -148,16 +150,16 @@ class DistributedAdamW:
             gather_rows([slot.parameter.detach() for slot in bucket], self._axis)
         self.zero_grad()
 
-    def _update(self, indices: list[int], lr: float, weight_decay: float) -> None:
+    def _update(self, slots: list[_Slot], lr: float, weight_decay: float) -> None:
         """One AdamW step, by torch's fused kernel, on the own rows of those slots."""
-        slots = [self._slots[index] for index in indices]
+        steps_done = torch.full((len(slots),), float(self._steps), device=self._main_grads.device)
         adamw(
             [slot.master for slot in slots],
             [slot.grad for slot in slots],
             [slot.exp_avg for slot in slots],
             [slot.exp_avg_sq for slot in slots],
             max_exp_avg_sqs=[],
-            state_steps=[self._steps[index] for index in indices],
+            state_steps=list(steps_done.unbind()),  # counted up there, each tensor by itself
             fused=True,
             amsgrad=False,
             beta1=self._config.beta1,
@@ -169,14 +171,15 @@ class DistributedAdamW:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """{"steps": int64 [], "exp_avg": {name: tensor}, "exp_avg_sq": {...}, "master": {...}}, by reference.
+        """{"steps": int64 [], "exp_avg": {name: tensor}, "exp_avg_sq": {...}, "master": {...}}, by reference: whoever
+        overwrites them in place has restored the optimizer.
 
         Tensors have the parameter's global shape: DTensor with Shard(0) on several ranks, plain on one. "master" holds
         the parameters that aren't fp32; an fp32 parameter is its own master, and the caller saves parameters.
         """
         separate = [slot for slot in self._slots if slot.master is not slot.own]
         return {
-            "steps": self._steps[0].long(),
+            "steps": self._steps,
             "exp_avg": {slot.name: self._global(slot, slot.exp_avg) for slot in self._slots},
             "exp_avg_sq": {slot.name: self._global(slot, slot.exp_avg_sq) for slot in self._slots},
             "master": {slot.name: self._global(slot, slot.master) for slot in separate},
@@ -191,7 +194,7 @@ class DistributedAdamW:
         """
         for field, own_tensors in self.state_dict().items():
             if field == "steps":
-                self._steps.fill_(float(state["steps"]))
+                self._steps.copy_(state["steps"])
                 continue
             if unknown := state[field].keys() - own_tensors.keys():
                 raise ValueError(f"optimizer state {field} has tensors of unknown parameters {sorted(unknown)}")

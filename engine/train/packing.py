@@ -58,15 +58,21 @@ def require_fitting(lengths: Sequence[int], budget: int) -> None:
         )
 
 
-def pack(examples: Sequence[Example], tokens_per_microbatch: int, max_sequences: int) -> list[PackedBatch]:
-    """As few micro-batches of `tokens_per_microbatch` tokens and at most `max_sequences` sequences as best fit finds.
+def divide(examples: Sequence[Example], tokens_per_microbatch: int, max_sequences: int) -> list[list[Example]]:
+    """The examples of each micro-batch: as few micro-batches as best fit finds, the same whatever the order of `examples`.
 
-    Every example is in exactly one. Raises InputError for a sequence longer than a micro-batch.
+    Raises InputError for a sequence longer than a micro-batch.
     """
     examples = sorted(examples, key=lambda example: example.sample.id)
-    require_fitting([len(example) for example in examples], tokens_per_microbatch)
-    bins = best_fit([len(example) for example in examples], tokens_per_microbatch, max_sequences)
-    return [fill([examples[index] for index in members], tokens_per_microbatch, max_sequences) for members in bins]
+    lengths = [len(example) for example in examples]
+    require_fitting(lengths, tokens_per_microbatch)
+    return [[examples[index] for index in members] for members in best_fit(lengths, tokens_per_microbatch, max_sequences)]
+
+
+def pack(examples: Sequence[Example], tokens_per_microbatch: int, max_sequences: int) -> list[PackedBatch]:
+    """Micro-batches of `tokens_per_microbatch` tokens and `max_sequences` slots that hold every example once."""
+    parts = divide(examples, tokens_per_microbatch, max_sequences)
+    return [fill(part, tokens_per_microbatch, max_sequences) for part in parts]
 
 
 def fill(examples: Sequence[Example], num_tokens: int, max_sequences: int) -> PackedBatch:
