@@ -130,13 +130,16 @@ class LinearLogprob(torch.autograd.Function):
             targets, statistics, upstream = targets[rows], statistics.select(rows), upstream.select(rows)
         logits = TiledLogits(hidden, weight, bias, ctx.shape, rows)
         d_x = torch.zeros_like(logits.x) if needs_hidden else None
-        d_weight = torch.zeros_like(weight) if needs_weight and ctx.main_grad is None else None
+        d_weight = torch.empty_like(weight) if needs_weight and ctx.main_grad is None else None
         d_bias = torch.zeros_like(bias, dtype=logits.dtype) if needs_bias else None
         for columns, row_blocks in tiles(len(logits.x), len(weight), hidden.device):
             block = logits.weight_block(columns)
             if needs_weight:
                 d_rows = (d_weight if ctx.main_grad is None else ctx.main_grad)[columns]
-                d_block = d_rows if d_rows.dtype == logits.dtype else torch.zeros_like(block)
+                d_block = d_rows if d_rows.dtype == logits.dtype else torch.empty_like(block)
+                keeps = ctx.main_grad is not None  # whether d_block holds something to add to
+                if not row_blocks and not keeps:
+                    d_block.zero_()
             for tile in row_blocks:
                 z, scratch = logits.tile(block, tile, columns)
                 own, own_upstream = statistics.select(tile), upstream.select(tile)
@@ -145,11 +148,12 @@ class LinearLogprob(torch.autograd.Function):
                 if needs_hidden:
                     d_x[tile].addmm_(dz, block)
                 if needs_weight:
-                    d_block.addmm_(dz.t(), logits.x[tile])
+                    d_block.addmm_(dz.t(), logits.x[tile], beta=1 if keeps else 0)
+                    keeps = True
                 if needs_bias:
                     d_bias[columns] += dz.sum(0)
             if needs_weight and d_block is not d_rows:
-                d_rows += d_block
+                d_rows.copy_(d_block)
         d_hidden = None
         if needs_hidden:
             d_hidden = d_x * logits.scale

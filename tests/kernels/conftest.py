@@ -1,0 +1,130 @@
+"""The losses as the papers print them, one sequence and one token at a time, as an oracle for the vectorised ones.
+
+Everything is fp64 and built of min, clamp and detach, so autograd gives the gradients; nothing is taken from the package
+but the names of the choices.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from strop.kernels import LossSpec
+
+CLIPS = {"clip": (0.2, 0.2), "gspo": (3e-4, 4e-4), "gspo-token": (3e-4, 4e-4), "gmpo": (0.4, 0.4), "cispo": (math.inf, None)}
+WEIGHT_BOUNDS = {"tis": (0, 2), "icepop": (0.5, 5), "sequence-truncate": (0, 3), "sequence-mask": (0, 3), "mean-mask": None}
+
+
+@pytest.fixture(scope="session")
+def book_loss() -> Callable[..., Tensor]:
+    """`book_loss(spec, logprob, old, advantages, mask, boundaries, denominator, rollout=, ref=, entropy=)` -> loss."""
+    return _book_loss
+
+
+def _book_loss(
+    spec: LossSpec,
+    logprob: Tensor,
+    old: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    boundaries: list[int],
+    denominator: float,
+    rollout: Tensor | None = None,
+    ref: Tensor | None = None,
+    entropy: Tensor | None = None,
+) -> Tensor:
+    loss = logprob.new_zeros(())
+    for start, stop in itertools.pairwise(boundaries):
+        tokens = [t for t in range(start, stop) if mask[t]]
+        if not tokens:
+            continue
+        lp, a = logprob[tokens], advantages[tokens]
+        behaviour = lp.detach() if old is None else old[tokens]
+        difference = lp - behaviour
+        if spec.log_ratio_limit is not None:
+            difference = difference.clamp(-spec.log_ratio_limit, spec.log_ratio_limit)
+        weight = torch.ones_like(lp)
+        if spec.correction != "none":
+            weight = rollout_weight(spec, behaviour - rollout[tokens])
+        terms = policy_terms(spec, lp, difference, a, weight)
+        if spec.policy != "vespo":
+            terms = terms * weight
+        if spec.opsm_delta is not None and (rollout[tokens] - lp.detach()).mean() > spec.opsm_delta:
+            terms = torch.where(a < 0, torch.zeros_like(terms), terms)
+        if spec.kl_coef:
+            terms = terms + spec.kl_coef * kl_terms(spec, lp, ref[tokens], difference.exp())
+        if spec.entropy_coef:
+            terms = terms - spec.entropy_coef * entropy[tokens]
+        loss = loss + (terms.mean() if spec.aggregation == "sequence-mean" else terms.sum()) / denominator
+    return loss
+
+
+def rollout_weight(spec: LossSpec, gap: Tensor) -> Tensor:
+    low, high = WEIGHT_BOUNDS[spec.correction] or (None, None)
+    low = low if spec.correction_low is None else spec.correction_low
+    high = high if spec.correction_high is None else spec.correction_high
+    token, sequence = gap.exp(), gap.sum().exp() * torch.ones_like(gap)
+    match spec.correction:
+        case "tis":
+            return token.clamp(low, high)
+        case "icepop":
+            return token * ((token >= low) & (token <= high))
+        case "mean-mask":
+            return token * (low <= gap.mean().exp() <= high)
+        case "sequence-truncate":
+            return sequence.clamp(low, high)
+        case "sequence-mask":
+            return sequence * ((sequence >= low) & (sequence <= high))
+
+
+def policy_terms(spec: LossSpec, lp: Tensor, difference: Tensor, a: Tensor, weight: Tensor) -> Tensor:
+    low, high = CLIPS.get(spec.policy, (None, None))
+    low = low if spec.clip_low is None else spec.clip_low
+    high = high if spec.clip_high is None else spec.clip_high
+
+    def clip_objective(ratio: Tensor) -> Tensor:
+        unclipped = ratio if spec.delta is None else ratio.clamp(max=spec.delta)
+        objective = torch.min(unclipped * a, ratio.clamp(1 - low, 1 + high) * a)
+        if spec.dual_clip is not None:
+            objective = torch.where(a < 0, torch.max(objective, spec.dual_clip * a), objective)
+        return -objective
+
+    ratio = difference.exp()
+    match spec.policy:
+        case "clip":
+            return clip_objective(ratio)
+        case "gspo":
+            return clip_objective(difference.mean().exp() * torch.ones_like(a))
+        case "gspo-token":
+            return clip_objective(difference.mean().exp().detach() * (difference - difference.detach()).exp())
+        case "gmpo":
+            sign = torch.where(a > 0, 1.0, -1.0)
+            bounded = torch.minimum(sign * difference, torch.where(a > 0, torch.full_like(a, high), torch.full_like(a, low)))
+            return -a * (sign * bounded).mean().exp()
+        case "cispo":
+            bounds = (0, high) if spec.cispo_bound == "ratio" else (1 - low, 1 + high)
+            return -ratio.clamp(*bounds).detach() * a * lp
+        case "sapo":
+            tau = torch.full_like(a, spec.sapo_tau_negative).masked_fill(a > 0, spec.sapo_tau_positive)
+            return -a * 4 / tau * torch.sigmoid(tau * (ratio - 1))
+        case "vespo":
+            log_w = difference.detach().clamp(-20, 20).sum() + weight.log().clamp(math.log(1e-8), 20).sum()
+            log_w = log_w.clamp(math.log(1e-8), 20)
+            k = torch.where(a >= 0, spec.vespo_positive[0], spec.vespo_negative[0])
+            decay = torch.where(a >= 0, spec.vespo_positive[1], spec.vespo_negative[1])
+            return -(decay + k * log_w - decay * log_w.exp()).exp() * a * lp
+        case "reinforce":
+            return -a * lp
+
+
+def kl_terms(spec: LossSpec, lp: Tensor, ref: Tensor, ratio: Tensor) -> Tensor:
+    d = ref - lp
+    value = {"k1": -d, "k2": d**2 / 2, "k3": d.exp() - d - 1}[spec.kl_estimator]
+    if spec.kl_gradient == "unbiased":
+        return ratio * value
+    if spec.kl_gradient == "straight-through":
+        return value.detach() + (d**2 / 2 - (d**2 / 2).detach())
+    return value
