@@ -34,10 +34,10 @@ LOST_PEER_SECONDS = 10.0
 
 LOST_PEER = re.compile(
     r"Connection (closed|reset) by peer|Connection refused|Broken pipe|Socket (closed|not connected)|"
-    r"remote process exited|failed to recv, got 0 bytes|Failed to connect|connectFullMesh failed",
+    r"remote process exit(ed|ing)|failed to recv, got 0 bytes|Failed to connect|connectFullMesh failed",
     re.IGNORECASE,
 )
-"""What gloo, NCCL and the TCP store of torch 2.13 say when a process at the other end is gone."""
+"""What gloo and the TCP store of torch 2.13 were seen to say, and NCCL's sources say, when the other end is gone."""
 LOST_PEER_TYPES = {"RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError"}
 
 
@@ -55,8 +55,7 @@ class FailureReport:
         self._torchrun = Torchrun.from_environment()
 
     def __enter__(self) -> "FailureReport":
-        if sys.__stderr__ is not None:
-            faulthandler.enable(sys.__stderr__)  # a crash in C code shows the Python stack too
+        faulthandler.enable(sys.__stderr__)  # a crash in C code shows the Python stack too
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -91,7 +90,7 @@ class FailureReport:
     def _report_error(self, error: BaseException) -> None:
         rank = self._torchrun.rank
         where = "".join(f" {note}" for note in getattr(error, "__notes__", [])[:1])
-        text = f"rank {rank} failed{where}:\n" + "".join(traceback.format_exception(error))
+        text = f"rank {rank} failed{where}:\n" + "".join(traceback.format_exception(error)).rstrip()
         summary = f"rank {rank} failed{where}: {type(error).__name__}: {error}"
         written = self._write(text)
         if written is not None:
@@ -112,7 +111,7 @@ class FailureReport:
             return None
         path = self.folder / f"error-rank-{self._torchrun.rank}.txt"
         try:
-            path.write_text(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}")
+            path.write_text(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
         except OSError:
             return None
         return path

@@ -18,13 +18,13 @@ from ..batch import Group, Prompt
 from ..config import InputError
 
 REWARD = "reward/mean"
-ACCURACY = "eval/accuracy"
-"""Greedy accuracy on held-out questions, in the steps that evaluate."""
-LENGTH = "rollout/length"
+ACCURACY = "eval/pass@1"
+"""Accuracy on held-out questions, in the steps that evaluate."""
+LENGTH = "response/length"
 """Mean response length in tokens."""
-KL = "train/kl"
+KL = "kl/ref"
 """Nats a token; KL to the reference where there is one, otherwise to the policy before the update."""
-ENTROPY = "train/entropy"
+ENTROPY = "entropy"
 """Nats a token."""
 TOKENS_PER_SECOND = "time/tokens_per_second"
 """Response tokens of the step, all ranks, over the seconds of the whole step."""

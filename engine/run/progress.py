@@ -51,7 +51,7 @@ class RunProgress:
     """
 
     def __init__(self, total_steps: int, watchdog: Watchdog, *, done_steps: int = 0, rank: int = 0):
-        self.console = Console(highlight=False, quiet=rank != 0)
+        self.console = Console(highlight=False, markup=False, emoji=False, quiet=rank != 0)
         self._watchdog = watchdog
         self._step = done_steps + 1
         self._times: dict[str, float] = {}

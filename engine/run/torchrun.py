@@ -47,7 +47,8 @@ class Torchrun:
         """Make `message` the reason that torchrun prints for this rank; the first record of a process stays."""
         if self.error_file is None or self.error_file.exists():
             return
-        record = {"message": message[:MESSAGE_LIMIT], "timestamp": int(time.time())}
+        extra = {"py_callstack": message[:MESSAGE_LIMIT], "timestamp": str(int(time.time()))}
+        record = {"message": {"message": message[:MESSAGE_LIMIT], "extraInfo": extra}}  # the form of torch's ErrorHandler
         try:
             beside = self.error_file.with_suffix(".part")
             beside.write_text(json.dumps(record))
@@ -60,7 +61,7 @@ class Torchrun:
         if self.error_file is None:
             return {}
         files = self.error_file.parent.parent.glob(f"*/{self.error_file.name}")
-        return {int(file.parent.name): json.loads(file.read_text())["message"] for file in files if file.parent.name.isdigit()}
+        return {int(file.parent.name): json.loads(file.read_text())["message"]["message"] for file in files}
 
     def first_to_fail(self) -> int:
         """Local rank of the first rank of this node that asked this: every rank gets the same answer, once it asked."""
