@@ -55,9 +55,9 @@ def linear_logprob(
     twice is a RuntimeError.
     """
     check_tensor("hidden", hidden, FLOATING)
+    check_tensor("weight", weight, FLOATING, device=hidden.device)
     if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} don't fit: pass [..., H] and [V, H]")
-    check_tensor("weight", weight, FLOATING, device=hidden.device)
     rows_shape, vocab, dtype = hidden.shape[:-1], weight.shape[0], statistics_dtype(hidden)
     if statistics_dtype(weight) != dtype:
         raise TypeError(f"hidden is {hidden.dtype} and weight {weight.dtype}: use float64 for both or for neither")

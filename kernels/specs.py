@@ -1,8 +1,6 @@
 """What a loss and an advantage are: two frozen settings that name every choice and refuse contradictory ones.
 
-Notation of the docstrings: lp, old, ref, rollout are log-probs of the sampled token under the current policy, the policy
-before the first update, the reference and the sampler; D = lp - old, r = e^D, A the advantage, L_i the number of
-trainable tokens of sequence i, sg() stops the gradient. The formulas live in `reference/policy_loss.py`, once.
+The formulas are written once, in `reference/`.
 """
 
 import math
@@ -44,7 +42,9 @@ class LossSpec:
     """The policy-gradient loss. The default is the GRPO of DeepSeek-R1 (arXiv 2501.12948 eq. 1, in the token form of
     DeepSeekMath, arXiv 2402.03300 eq. 3): clipped ratio, mean over outputs of each output's token mean, no KL.
 
-    A choice that the others make meaningless is a ValueError, never ignored.
+    Below, lp, old, ref and rollout are log-probs of a token under the current policy, the one before the first update, the
+    reference and the sampler; D = lp - old, r = e^D; A is the advantage, L_i the trainable tokens of sequence i, sg() stops
+    the gradient. A setting that the others make meaningless is an error, never ignored.
     """
 
     policy: Policy = "clip"
