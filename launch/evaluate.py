@@ -6,9 +6,9 @@
 """
 
 try:
-    import strop.engine
-except ImportError:
-    raise SystemExit("strop isn't installed in this Python: pip install -e '.[train]' in the repository (see README.md)") from None
+    from strop.launch.command_line import parse
+except ImportError as missing:
+    raise SystemExit(f"{missing}: install strop first, pip install -e '.[train]' in the repository (see README.md)") from None
 
 import dataclasses
 import json
@@ -27,7 +27,6 @@ from strop.engine.rollout.engine import RolloutConfig
 from strop.engine.run.failure import FailureReport
 from strop.engine.train.objective import sequence_logprobs
 from strop.launch.assembly import Policy, ask_everyone
-from strop.launch.command_line import parse
 from strop.launch.presets import EVALUATE_PRESETS, EvaluateConfig
 
 

@@ -8,9 +8,9 @@ This file is the loop. Rollouts come from an engine inside these processes whose
 """
 
 try:
-    import strop.engine
-except ImportError:
-    raise SystemExit("strop isn't installed in this Python: pip install -e '.[train]' in the repository (see README.md)") from None
+    from strop.launch.command_line import launch_command, parse, this_command
+except ImportError as missing:
+    raise SystemExit(f"{missing}: install strop first, pip install -e '.[train]' in the repository (see README.md)") from None
 
 import sys
 import time
@@ -36,7 +36,6 @@ from strop.engine.run.telemetry import Telemetry
 from strop.engine.run.watchdog import Watchdog
 from strop.engine.train.step import Trainer
 from strop.launch.assembly import Policy, ask_everyone
-from strop.launch.command_line import launch_command, parse, this_command
 from strop.launch.presets import GRPO_PRESETS, GrpoConfig
 
 

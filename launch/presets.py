@@ -29,7 +29,7 @@ class GrpoConfig:
     """colocated: the ranks train and generate in turn, with the same weights. split is not implemented yet."""
     eval_every: int = 0
     """Steps between evaluations on the held-out questions; 0 evaluates before the first step and after the last only."""
-    layout: Layout = Layout()
+    layout: Layout = field(default_factory=Layout)
     data: DataConfig = field(default_factory=DataConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -67,7 +67,7 @@ class EvaluateConfig:
     """Judge by the last number anywhere in the response, finished or not, instead of the reward's rule."""
     report: Path | None = None
     """Folder to write report.json and answers.jsonl into; unset prints the table only."""
-    layout: Layout = Layout()
+    layout: Layout = field(default_factory=Layout)
     data: DataConfig = field(default_factory=DataConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
