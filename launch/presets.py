@@ -96,7 +96,7 @@ GRPO_PRESETS: dict[str, tuple[str, GrpoConfig]] = {
             model="smollm2",
             data=ARITHMETIC,
             rollout=RolloutConfig(prompts_per_step=8, group_size=8, max_new_tokens=16),
-            train=TrainConfig(steps=30, lr=1e-5, warmup_steps=2, microbatch_tokens=2048),
+            train=TrainConfig(steps=20, lr=1e-5, warmup_steps=2, microbatch_tokens=2048),
             eval=EvalConfig(max_new_tokens=16),
         ),
     ),

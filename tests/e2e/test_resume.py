@@ -11,10 +11,10 @@ import pytest
 
 STEPS = 6
 # Everything a resume must restore: mini-batches and their order, a reference that was replaced, a learning-rate schedule,
-# a new epoch of the 150 questions.
+# a new epoch of the 12 questions.
 FLAGS = (
     "--train.steps", STEPS, "--run.save-every", 1, "--train.minibatches", 2, "--train.loss.kl-coef", 0.01,
-    "--train.kl-refresh-steps", 3, "--train.lr-schedule", "linear", "--rollout.prompts-per-step", 32,
+    "--train.kl-refresh-steps", 3, "--train.lr-schedule", "linear", "--data.size", 16, "--rollout.prompts-per-step", 8,
 )  # fmt: skip
 KILLS = 8
 AT_LEAST_INSIDE_A_SAVE = 3
