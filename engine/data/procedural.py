@@ -69,15 +69,17 @@ def _generate(family: str, options: Mapping[str, object], size: int, first: int)
     takes = {field.name for field in dataclasses.fields(DATASETS[family][1])} - {"seed", "size"}
     if unknown := sorted(options.keys() - takes):
         return {"refused": f"{family} has no option {unknown[0]!r}: it takes {', '.join(sorted(takes))}"}
+    draws = PATIENCE + 20 * size  # finite: acre generates all of its items at once
     try:
-        dataset = create_dataset(family, seed=first, size=2**31, **options)
+        dataset = create_dataset(family, seed=first, size=draws, **options)
     except (AssertionError, ValueError, TypeError) as error:
         return {"refused": f"{family} refuses the options {dict(options)}: {error}"}
     found: dict[str, list] = {}
-    index = newest = 0
-    while len(found) < size and index - newest <= PATIENCE + 10 * len(found):
+    newest = 0
+    for index in range(draws):
+        if len(found) == size or index - newest > PATIENCE + 10 * len(found):
+            break
         item = dataset[index]
-        index += 1
         if item["question"] not in found:
             newest = index
             answer = None if item["answer"] is None else str(item["answer"])

@@ -138,5 +138,7 @@ def _prompt(question: Question, key: str, config: DataConfig) -> Prompt:
     common = {"id": question.id or key[:16], "source": question.source, "answer": question.answer, "meta": question.meta}
     if config.template == "plain" and len(turns) == 1:
         return Prompt(text=turns[0]["content"], **common)
+    if config.system and turns[0]["role"] == "system":
+        raise InputError(f"{question.where}: has a system message of its own: drop it, or drop --data.system")
     system: Iterable[Message] = [{"role": "system", "content": config.system}] if config.system else []
     return Prompt(messages=(*system, *turns), **common)

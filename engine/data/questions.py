@@ -100,7 +100,9 @@ def _turns(where: str, row: Mapping[str, object]) -> tuple[Message, ...]:
     turns = [{"role": "user", "content": value}] if isinstance(value, str) and name != "messages" else value
     if not isinstance(turns, list) or not turns or not all(_is_turn(turn) for turn in turns):
         raise InputError(f"{where}: {name} {str(value)[:60]!r} is no list of objects with the strings 'role' and 'content'")
-    if not any(turn["content"].strip() for turn in turns if turn["role"] == "user"):
+    if turns[-1]["role"] != "user":
+        raise InputError(f"{where}: {name} ends with a turn of {turns[-1]['role']!r}: the last one must be the user's question")
+    if not turns[-1]["content"].strip():
         raise InputError(f"{where}: {name} is empty: write the question or drop the line")
     if any("\ud800" <= character <= "\udfff" for turn in turns for character in turn["content"]):
         raise InputError(f"{where}: {name} holds half of a surrogate pair: write the character whole")

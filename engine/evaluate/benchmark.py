@@ -34,8 +34,8 @@ class EvalConfig:
     """R1's protocol is 0.95."""
     max_new_tokens: int = 16
     """Token limit of a response."""
-    pass_at: tuple[int, ...] = (1,)
-    """The k of each pass@k to report, none above `samples`."""
+    pass_at: tuple[int, ...] = ()
+    """The k of each pass@k to report besides pass@1, none above `samples`."""
     questions: int = 0
     """Ask only the first so many questions; 0 asks all."""
 
@@ -43,13 +43,14 @@ class EvalConfig:
         self.sampling(seed=0)
         if self.temperature == 0 and (self.samples > 1 or self.top_p < 1):
             raise InputError(
-                f"--eval.samples {self.samples} --eval.top-p {self.top_p} with --eval.temperature 0: greedy gives one response a "
-                "question: set a temperature (R1: 0.6), or samples 1 and top-p 1"
+                f"--eval.samples {self.samples} --eval.top-p {self.top_p} with --eval.temperature 0: greedy gives one response "
+                "a question: set a temperature (R1: 0.6), or samples 1 and top-p 1"
             )
         if self.questions < 0:
             raise InputError(f"--eval.questions {self.questions}: must be 0 (all) or above")
-        if not self.pass_at or not all(1 <= k <= self.samples for k in self.pass_at):
-            raise InputError(f"--eval.pass-at {self.pass_at}: each k must lie in 1 .. --eval.samples ({self.samples})")
+        for k in self.pass_at:
+            if not 1 < k <= self.samples:
+                raise InputError(f"--eval.pass-at {k}: must be 2 .. {self.samples}, --eval.samples (pass@1 is always there)")
 
     def sampling(self, seed: int) -> Sampling:
         """What the rollout engine is asked for."""
@@ -92,12 +93,20 @@ def evaluate(
 
 
 def ask(
-    generate: Generate, score: Score, prompts: Sequence[tuple[int, Prompt]], config: EvalConfig, *, answer: Answer, seed: int = 0
+    generate: Generate,
+    score: Score,
+    numbered: Sequence[tuple[int, Prompt]],
+    config: EvalConfig,
+    *,
+    answer: Answer,
+    seed: int = 0,
 ) -> list[Record]:
-    """A record for each (ordinal, prompt): a rank's share of the questions, ordinals counted over all of them."""
-    ids = [ordinal * config.samples for ordinal, _ in prompts]
-    groups = score(generate([prompt for _, prompt in prompts], config.sampling(seed), ids))
-    return [_record(ordinal, group, answer) for (ordinal, _), group in zip(prompts, groups, strict=True)]
+    """A record for each (ordinal, prompt): a rank's share of the questions (maybe none), ordinals counted over all of them."""
+    if not numbered:
+        return []
+    ids = [ordinal * config.samples for ordinal, _ in numbered]
+    groups = score(generate([prompt for _, prompt in numbered], config.sampling(seed), ids))
+    return [_record(ordinal, group, answer) for (ordinal, _), group in zip(numbered, groups, strict=True)]
 
 
 def summarize(records: Sequence[Record], config: EvalConfig) -> dict[str, float]:
@@ -105,14 +114,17 @@ def summarize(records: Sequence[Record], config: EvalConfig) -> dict[str, float]
     (tokens), finished (fraction that ended by themselves), questions, samples, not_judged (samples whose scorer gave no number:
     left out of the accuracies).
 
-    The standard error is that of the mean over questions, s / sqrt(questions): samples of one question aren't independent. It is
-    left out below 2 questions.
+    The standard error is that of the mean over questions, s / sqrt(questions): samples of one question aren't independent.
+    It is left out below 2 questions, and every accuracy where nothing was judged.
     """
     judged = [[value == 1.0 for value in record.accuracy if not math.isnan(value)] for record in records]
     means = [sum(right) / len(right) for right in judged if right]
     lengths = [length for record in records for length in record.lengths]
     finished = [ended for record in records for ended in record.finished]
     summary = {"questions": len(records), "samples": len(lengths), "not_judged": len(lengths) - sum(map(len, judged))}
+    if lengths:
+        summary["mean_length"] = sum(lengths) / len(lengths)
+        summary["finished"] = sum(finished) / len(finished)
     if not means:
         return summary
     summary["pass@1"] = sum(means) / len(means)
@@ -121,13 +133,11 @@ def summarize(records: Sequence[Record], config: EvalConfig) -> dict[str, float]
         summary["pass@1_se"] = math.sqrt(variance / len(means))
     for k in config.pass_at:
         estimates = [pass_at_k(len(right), sum(right), k) for right in judged if len(right) >= k]
-        if estimates and k > 1:
+        if estimates:
             summary[f"pass@{k}"] = sum(estimates) / len(estimates)
     if config.samples > 1:
         consensus = [_consensus(record) for record, right in zip(records, judged, strict=True) if right]
         summary[f"cons@{config.samples}"] = sum(consensus) / len(consensus)
-    summary["mean_length"] = sum(lengths) / len(lengths)
-    summary["finished"] = sum(finished) / len(finished)
     return summary
 
 

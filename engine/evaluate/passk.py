@@ -8,8 +8,8 @@ from collections.abc import Hashable, Sequence
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Probability that at least one of k samples is right, estimated without bias from n samples of which c are right.
 
-    1 - C(n - c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374, eq. 1), as a sum of logarithms: binomials of n = 10^4
-    overflow, and the difference from 1 of a ratio near 1 would lose its digits. Raises ValueError unless 0 <= c <= n, 1 <= k <= n.
+    1 - C(n - c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374, eq. 1), as a sum of logarithms: binomials overflow
+    at n = 10^4, and 1 minus a ratio near 1 loses digits. Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
     """
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, got n {n}, c {c}, k {k}")

@@ -23,7 +23,7 @@ from .verifiers import Verifier
 
 WORKER_MODULE = "strop.engine.reward.workers"
 START_LIMIT_S = 60.0
-"""For starting an interpreter and importing a verifier's package (measured: 0.1 s and 0.5-1.5 s) on a loaded machine."""
+"""For starting an interpreter and importing a verifier's package (measured: 0.1 s and 0.7-1.4 s) on a loaded machine."""
 MAX_REPLY_BYTES = 65536
 """A longer line is not a worker's reply but a runaway print."""
 
@@ -116,15 +116,14 @@ class WorkerPool:
         return Outcome("crash", detail=lost)
 
     def _take(self) -> "_Worker":
-        with contextlib.suppress(IndexError):
-            return self._idle.pop()
-        worker = _Worker(self._command)
         with self._lock:
+            if self._closed:
+                raise RuntimeError("the reward workers were closed")
+            if self._idle:
+                return self._idle.pop()
+            worker = _Worker(self._command)
             self._alive.add(worker)
-            closed = self._closed
         try:
-            if closed:
-                raise RuntimeError("the reward workers are closed")
             worker.wait_until_ready()
         except BaseException:
             self._discard(worker)

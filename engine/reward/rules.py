@@ -66,7 +66,7 @@ class RewardConfig:
     limit_s: float = 5.0
     """Seconds a worker may take over one answer; then it is killed and the answer earns 0. (`1000000!` would take forever.)"""
     memory_mib: int = 2048
-    """Address space of a worker in MiB (measured: 300 with both verifiers loaded)."""
+    """Address space of a worker in MiB (measured: 200 with both verifiers loaded)."""
 
     def __post_init__(self) -> None:
         if self.workers < 1 or self.limit_s <= 0:
@@ -147,11 +147,11 @@ class Rewards:
         advantage leaves such a sample out. With `shuffle`, `value` is another sample's while the parts stay the sample's own;
         the permutation is over the groups given (a rank permutes among its own) and depends on (seed, step) alone.
         """
-        verdicts = self._judge([(group.prompt, sample) for group in groups for sample in group.samples])
+        verdicts = iter(self._judge([(group.prompt, sample) for group in groups for sample in group.samples]))
         scores = []
         for group in groups:
             rule = self.rule(group.prompt)
-            scores += [self._compose(rule, sample, verdicts.pop(0)) for sample in group.samples]
+            scores += [self._compose(rule, sample, next(verdicts)) for sample in group.samples]
         if self.config.shuffle:
             scores = self._shuffled(scores, step)
         remaining = iter(scores)
