@@ -10,8 +10,11 @@ import torch.distributed.checkpoint as dcp
 from strop.engine.config import InputError, Layout
 from strop.engine.parallel.collectives import all_gather_objects
 from strop.engine.parallel.mesh import Mesh
+from strop.engine.train import microbatches as microbatches_module
 from strop.engine.train import step as step_module
 from strop.engine.train.nonfinite import NonFiniteError
+from strop.engine.train.objective import objective
+from strop.engine.train.packing import fill
 from strop.engine.train.step import TrainConfig, Trainer
 from strop.kernels import LossSpec
 
@@ -98,6 +101,34 @@ def test_samples_without_gradient_take_a_forward_pass_only_and_change_nothing(mo
         assert mine == pytest.approx(other, rel=1e-5, abs=1e-6)
     for name, value in full[1].items():
         assert (short[1][name] - value).norm() <= 1e-5 * value.norm(), name
+
+
+def test_padding_to_the_fixed_shape_changes_nothing(monkeypatch, make_policy, make_rollout):
+    config = TrainConfig(steps=1, microbatch_tokens=96, microbatch_sequences=30, minibatches=2)
+    cut = Trainer(make_policy(), Mesh.single(), config).train_on(make_rollout(1), 1, seed=0)
+    shapes = set()
+
+    def keep_padding(batch):
+        shapes.add((len(batch.tokens), len(batch.cu_seqlens)))
+        return batch
+
+    monkeypatch.setattr(microbatches_module, "without_padding", keep_padding)
+    padded = Trainer(make_policy(), Mesh.single(), config).train_on(make_rollout(1), 1, seed=0)
+    assert padded == pytest.approx(cut, rel=1e-5, abs=1e-6)
+    assert shapes == {(96, 31)}, "every micro-batch has the same shape"
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_gpu_equals_the_cpus_and_padding_alone_is_exactly_nothing(make_policy, make_rollout):
+    config = TrainConfig(steps=1, microbatch_tokens=96, loss=LossSpec(kl_coef=0.1), minibatches=2)
+    on_cpu = Trainer(make_policy(), Mesh.single(), config).train_on(make_rollout(1), 1, seed=0)
+    model = make_policy().to("cuda")
+    trainer = Trainer(model, Mesh.single("cuda"), config)
+    assert trainer.train_on(make_rollout(1), 1, seed=0) == pytest.approx(on_cpu, rel=1e-3, abs=1e-4)
+    padding = replace(fill([], 96, 8), ref_logprob=torch.zeros(96)).to(torch.device("cuda"))
+    loss = objective(model, padding, config.loss, 1, 96).loss
+    loss.backward()
+    assert float(loss) == 0.0 and trainer.optimizer.reduce_gradients() == 0.0
 
 
 def test_bf16_parameters_train_in_place_close_to_fp32(make_policy, make_rollout):
