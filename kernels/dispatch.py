@@ -7,8 +7,9 @@ An op has up to four implementations: `reference` (plain torch, kernels/referenc
     CPU tensors              cpu, else reference
     float64, other devices   reference (kernels compute in fp32)
 
-STROP_KERNELS=reference|triton|cuda|cpu overrides that for every op; where the named implementation cannot run, the op
-raises instead of choosing another one. STROP_KERNELS=triton with TRITON_INTERPRET=1 runs Triton's interpreter on the CPU.
+STROP_KERNELS=reference|triton|native overrides that for every op (native: cuda or cpu, as the device says); where the
+named implementation cannot run, the op raises instead of choosing another one. STROP_KERNELS=triton with TRITON_INTERPRET=1
+runs Triton's interpreter on the CPU. Unset or "auto" overrides nothing.
 """
 
 import functools
@@ -17,7 +18,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +28,6 @@ from . import native
 Implementation = Literal["reference", "triton", "cuda", "cpu"]
 
 LIBRARY = torch.library.Library("strop", "FRAGMENT")
-NATIVE: dict[str, native.LibraryName] = {"cuda": "strop_cuda", "cpu": "strop_cpu"}
 
 
 def choose(op: str, tensor: Tensor, available: tuple[Implementation, ...]) -> Implementation:
@@ -36,12 +36,11 @@ def choose(op: str, tensor: Tensor, available: tuple[Implementation, ...]) -> Im
     Raises ValueError where STROP_KERNELS names one that `op` doesn't have or that cannot take this tensor, and RuntimeError
     where a CUDA tensor has only the reference although `op` has a kernel for it (triton is not installed).
     """
-    forced = os.environ.get("STROP_KERNELS", "")
-    if forced and forced not in get_args(Implementation):
-        raise ValueError(f"STROP_KERNELS={forced}: choose from {', '.join(get_args(Implementation))}, or leave it unset")
-    if forced:
+    asked = native.choice()
+    if asked != "auto":
+        forced = asked if asked != "native" else "cuda" if tensor.is_cuda else "cpu"
         if reason := _cannot_run(forced, tensor, available):
-            raise ValueError(f"{op}: STROP_KERNELS={forced}, but {reason}; STROP_KERNELS=reference runs everywhere")
+            raise ValueError(f"{op}: STROP_KERNELS={asked}, but {reason}; STROP_KERNELS=reference runs everywhere")
         return forced
     preferred: tuple[Implementation, ...] = ("cpu",) if tensor.device.type == "cpu" else ("cuda", "triton")
     for implementation in preferred:
@@ -80,7 +79,7 @@ def _cannot_run(implementation: str, tensor: Tensor, available: tuple[Implementa
         return "" if device in ("cpu", "cuda") else f"the tensor is on {device}"
     if device != implementation:
         return f"the tensor is on {device}"
-    return "" if native.library(NATIVE[implementation]) else native.why_missing(NATIVE[implementation])
+    return "" if native.library(implementation) else native.why_missing(implementation)
 
 
 @functools.cache

@@ -1,13 +1,14 @@
 // What every .cu file of this folder includes: the CUDA runtime, or the emulation that runs the same source on the CPU in
-// tests (tests/kernels/emulation). Three spellings make that possible:
+// tests (tests/kernels/emulation). Two spellings make that possible:
 //
 //   STROP_LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...)   for kernel<<<grid, block, shared_bytes, stream>>>(...);
 //                                                                         a kernel<A, B> stands in parentheses
 //   STROP_DYNAMIC_SHARED(type, name)                                      declares `type* name`, the dynamic shared memory
-//   STROP_LAUNCHER int strop_name(..., void* stream)                      a function of the C interface: 0 or a cudaError_t
 #pragma once
 
 #include <cstdint>
+
+#include "../include/strop.h"
 
 #ifdef STROP_EMULATION
 #include "cuda_emulation.h"
@@ -24,4 +25,10 @@
   type* name = reinterpret_cast<type*>(strop_dynamic_shared)
 #endif
 
-#define STROP_LAUNCHER extern "C" __attribute__((visibility("default")))
+// The last error of the CUDA runtime, for strop_cuda_last_error().
+inline int strop_last_error = 0;
+
+inline int status_of(cudaError_t error) {
+  strop_last_error = static_cast<int>(error);
+  return error == cudaSuccess ? STROP_OK : STROP_LAUNCH_FAILED;
+}

@@ -200,24 +200,23 @@ bool plan(const Rectangle& r, Entry* entry) {
 
 }  // namespace
 
-// table: `count` rows of Rectangle in host memory, read before the function returns. Rectangles may not be empty.
-STROP_LAUNCHER int strop_multi_tensor_copy(const void* table, int64_t count, void* stream) {
-  const auto* rectangles = static_cast<const Rectangle*>(table);
+extern "C" int strop_cuda_multi_tensor_copy(const int64_t* table, int64_t count, void* stream) {
+  static_assert(sizeof(Rectangle) == 11 * sizeof(int64_t), "a row of the table");
+  const auto* rectangles = reinterpret_cast<const Rectangle*>(table);
   for (int64_t start = 0; start < count; start += MAX_ENTRIES) {
     Entries entries;
     entries.count = static_cast<int32_t>(std::min<int64_t>(count - start, MAX_ENTRIES));
     int64_t blocks = 0;
     for (int32_t i = 0; i < entries.count; ++i) {
       Entry& entry = entries.entry[i];
-      if (!plan(rectangles[start + i], &entry)) return cudaErrorInvalidValue;
+      if (!plan(rectangles[start + i], &entry)) return STROP_BAD_ARGUMENT;
       entries.first_block[i] = static_cast<int32_t>(blocks);
       blocks += (entry.rows * entry.columns + ITEMS_PER_BLOCK - 1) / ITEMS_PER_BLOCK;
-      if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+      if (blocks > INT32_MAX) return STROP_BAD_ARGUMENT;
     }
     entries.first_block[entries.count] = static_cast<int32_t>(blocks);
     STROP_LAUNCH(multi_tensor_copy_kernel, static_cast<unsigned>(blocks), THREADS, 0, stream, entries);
-    const cudaError_t error = cudaGetLastError();
-    if (error != cudaSuccess) return error;
+    if (int status = status_of(cudaGetLastError())) return status;
   }
-  return cudaSuccess;
+  return STROP_OK;
 }

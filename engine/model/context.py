@@ -39,7 +39,8 @@ class Paged:
     """
 
     key_cache: Sequence[Tensor] | Tensor
-    """One [num_blocks, block_size, K, D] for each layer of this model (stage), or one tensor with that as leading axis."""
+    """One [num_blocks, block_size, K, D] for each layer of this model (stage), or one tensor with that as leading axis.
+    Contiguous, and finite everywhere from the start (allocate with zeros): unused slots are masked, and NaN survives a mask."""
     value_cache: Sequence[Tensor] | Tensor
     block_tables: Tensor
     """int32 or int64 [B, blocks]: position p of row b lies in block block_tables[b, p // block_size], slot p % block_size.
@@ -80,7 +81,7 @@ class ForwardContext:
         """Layout of a Packed context; computed on first use, then shared by all layers."""
         packed = self.attention
         assert isinstance(packed, Packed)
-        return packed_rectangles(packed.cu_seqlens, packed.max_seqlen, len(self.positions))
+        return packed_rectangles(packed.cu_seqlens, packed.max_seqlen, len(self.positions), self._on_host)
 
     @cached_property
     def paged_plan(self) -> PagedPlan:
@@ -95,4 +96,9 @@ class ForwardContext:
             paged.block_size,
             self.positions,
             paged.key_cache[0].dtype,
+            self._on_host,
         )
+
+    @property
+    def _on_host(self) -> bool:
+        return self.positions.device.type == "cpu"

@@ -3,8 +3,8 @@
 A rectangle is some sequences side by side, each filled up at its end with zeros. Filling does no harm: causal queries never
 look at a key behind them, and the outputs of filled places are dropped.
 
-On the CPU the host reads the lengths and sorts the sequences into rectangles by length. On other devices there is one
-rectangle, computed by the device, whose shape depends on host numbers only.
+On the CPU the host reads the lengths and sorts the sequences into rectangles by length (`on_host`). On other devices that
+would wait for the device: there is one rectangle, computed there, whose shape depends on host numbers only.
 """
 
 from collections.abc import Sequence
@@ -38,10 +38,10 @@ class Rectangles:
         return sum(sequences * width for sequences, width in self.shapes)
 
     @staticmethod
-    def of(cu_seqlens: Tensor, groups: Sequence[tuple[Tensor, int]], num_tokens: int) -> "Rectangles":
+    def of(cu_seqlens: Tensor, groups: Sequence[tuple[Tensor, int]], num_tokens: int, on_host: bool) -> "Rectangles":
         """One rectangle for each of `groups` = (int64 [s] sequences, width of at least their longest).
 
-        cu_seqlens: int [S + 1]; num_tokens: T, including padding beyond cu_seqlens[-1].
+        cu_seqlens: int [S + 1]; num_tokens: T, including padding beyond cu_seqlens[-1]; on_host: look at the values.
         """
         starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
         shapes = tuple((len(sequences), width) for sequences, width in groups)
@@ -54,7 +54,7 @@ class Rectangles:
         is_padding = sequence == len(ends)
         sequence = sequence.clamp(max=len(ends) - 1)
         places = torch.where(is_padding, size, first_place[sequence] + steps - starts[sequence])
-        if starts.device.type != "cpu":
+        if not on_host:
             return Rectangles(shapes, places, has_padding=True, in_order=False)
         in_order = len(shapes) == 1 and torch.equal(places, torch.arange(size))
         return Rectangles(shapes, places, bool(is_padding.any()), in_order)
@@ -92,17 +92,17 @@ def by_length(lengths: Sequence[int], short: int) -> list[list[int]]:
     return [sorted(group) for group in groups]
 
 
-def packed_rectangles(cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> Rectangles:
-    """Arguments as in context.Packed; num_tokens is T with padding."""
-    if cu_seqlens.device.type != "cpu":
+def packed_rectangles(cu_seqlens: Tensor, max_seqlen: int, num_tokens: int, on_host: bool) -> Rectangles:
+    """cu_seqlens and max_seqlen as in context.Packed; num_tokens is T with padding; on_host: see the file's head."""
+    if not on_host:
         every = torch.arange(len(cu_seqlens) - 1, device=cu_seqlens.device)
-        return Rectangles.of(cu_seqlens, [(every, max_seqlen)], num_tokens)
+        return Rectangles.of(cu_seqlens, [(every, max_seqlen)], num_tokens, on_host)
     lengths = cu_seqlens.diff().tolist()
     assert int(cu_seqlens[0]) == 0 and min(lengths) >= 0, f"cu_seqlens must rise from 0: {cu_seqlens.tolist()}"
     assert 0 < max(lengths) <= max_seqlen, f"the longest sequence has {max(lengths)} tokens, but max_seqlen is {max_seqlen}"
     assert int(cu_seqlens[-1]) <= num_tokens, f"cu_seqlens ends at {int(cu_seqlens[-1])}, but there are {num_tokens} tokens"
     groups = [(torch.tensor(group), max(lengths[i] for i in group)) for group in by_length(lengths, SHORT)]
-    return Rectangles.of(cu_seqlens, groups, num_tokens)
+    return Rectangles.of(cu_seqlens, groups, num_tokens, on_host)
 
 
 @dataclass(frozen=True)
@@ -134,20 +134,22 @@ class PagedPlan:
         block_size: int,
         positions: Tensor,
         dtype: torch.dtype,
+        on_host: bool,
     ) -> "PagedPlan":
-        """Arguments as in context.Paged; positions int64 [T]; dtype that of the cache."""
+        """Arguments as in context.Paged; positions int64 [T]; dtype that of the cache; on_host: see the file's head."""
         tables, device, num_tokens = block_tables.long(), positions.device, len(positions)
-        if device.type == "cpu":
+        if on_host:
             fed, visible = cu_seqlens_q.diff().tolist(), lengths.tolist()
             assert min(fed) > 0 and int(cu_seqlens_q[-1]) == num_tokens, f"rows feed {fed} tokens, {num_tokens} were given"
             assert max(fed) <= max_seqlen_q, f"a row feeds {max(fed)} tokens, but max_seqlen_q is {max_seqlen_q}"
             groups = [
                 (torch.tensor(rows), max(fed[r] for r in rows), -(-max(visible[r] for r in rows) // block_size))
-                for rows in by_length(fed, short=1)
+                for alike in by_length(fed, short=1)
+                for rows in ([alike[i] for i in part] for part in by_length([visible[r] for r in alike], SHORT))
             ]
         else:
             groups = [(torch.arange(len(lengths), device=device), max_seqlen_q, tables.shape[1])]
-        rectangles = Rectangles.of(cu_seqlens_q, [(rows, width) for rows, width, _ in groups], num_tokens)
+        rectangles = Rectangles.of(cu_seqlens_q, [(rows, width) for rows, width, _ in groups], num_tokens, on_host)
         windows = []
         # Filled places have position 0: they see the row's first key, so no softmax is over nothing.
         for (rows, _, num_blocks), query_positions in zip(groups, rectangles.fold(positions), strict=True):

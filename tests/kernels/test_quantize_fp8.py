@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from strop.kernels import quantize_fp8
 from strop.kernels.reference.quantize_fp8 import dequantize_fp8
 

@@ -35,6 +35,9 @@
 #define STROP_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   emulation::launch((grid), (block), (shared_bytes), [=] { kernel(__VA_ARGS__); })
 
+using std::isfinite;
+using std::isinf;
+using std::isnan;
 using std::max;
 using std::min;
 

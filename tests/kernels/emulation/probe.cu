@@ -79,27 +79,27 @@ __global__ void deadlock_kernel() {
 
 }  // namespace
 
-STROP_LAUNCHER int probe_sum(const float* x, int64_t size, float* partial, unsigned* finished, float* total, void* stream) {
+extern "C" int probe_sum(const float* x, int64_t size, float* partial, unsigned* finished, float* total, void* stream) {
   STROP_LAUNCH(sum_kernel, 3, 96, 0, stream, x, size, partial, finished, total);
   return cudaGetLastError();
 }
-STROP_LAUNCHER int probe_reverse(const int* in, int* out, int with_barrier, void* stream) {
+extern "C" int probe_reverse(const int* in, int* out, int with_barrier, void* stream) {
   STROP_LAUNCH(reverse_kernel, 1, 256, 256 * sizeof(int), stream, in, out, with_barrier != 0);
   return cudaGetLastError();
 }
-STROP_LAUNCHER int probe_warp(int* out, void* stream) {
+extern "C" int probe_warp(int* out, void* stream) {
   STROP_LAUNCH(warp_kernel, 1, 32, 0, stream, out);
   return cudaGetLastError();
 }
-STROP_LAUNCHER int probe_atomic(int* counters, void* stream) {
+extern "C" int probe_atomic(int* counters, void* stream) {
   STROP_LAUNCH(atomic_kernel, dim3(2, 3), 50, 0, stream, counters);
   return cudaGetLastError();
 }
-STROP_LAUNCHER int probe_round(const float* in, void* bf16, void* half, int count, void* stream) {
+extern "C" int probe_round(const float* in, void* bf16, void* half, int count, void* stream) {
   STROP_LAUNCH(round_kernel, 1, count, 0, stream, in, static_cast<__nv_bfloat16*>(bf16), static_cast<__half*>(half));
   return cudaGetLastError();
 }
-STROP_LAUNCHER int probe_deadlock(void* stream) {
+extern "C" int probe_deadlock(void* stream) {
   STROP_LAUNCH(deadlock_kernel, 1, 32, 0, stream);
   return cudaGetLastError();
 }

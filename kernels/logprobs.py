@@ -1,0 +1,156 @@
+"""Public ops: log-prob, entropy and logsumexp of target tokens, from hidden states and the LM head or from logits."""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .checks import FLOATING, INDEX, STATISTICS, check_tensor, values_may_be_read
+from .reference.linear_logprob import LinearLogprob
+from .reference.logprob import Logprob
+from .reference.softmax import LogitShape, statistics_dtype
+
+
+class LogprobResult(NamedTuple):
+    """fp32 (fp64 for fp64 inputs), of the targets' shape, all differentiable; 0 where the target is ignore_index."""
+
+    logprob: Tensor
+    """Natural log of the target's probability under softmax(softcap(logits) / T) over the kept tokens."""
+    entropy: Tensor
+    """Of that distribution, in nats, over the whole vocabulary."""
+    logsumexp: Tensor
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    keep_mask: Tensor | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    vocab_range: tuple[int, int] | None = None,
+    ignore_index: int = -100,
+    main_grad: Tensor | None = None,
+    deterministic: bool = False,
+) -> LogprobResult:
+    """Log-prob of `targets` under the LM head, without ever holding the logits (8 N H V floating-point operations in all).
+
+    hidden: [..., H]; weight: [V, H], any floating dtypes; products accumulate in fp32 (fp64 for fp64 inputs).
+    targets: int64 [...], ids of the whole vocabulary. Rows with ignore_index give 0, no gradient, and on a CPU cost nothing.
+    temperature: divides the logits; a number or a tensor [...], > 0, not differentiable.
+    bias: [V]. softcap: c > 0, logits become c tanh(logits / c), before the temperature (Gemma 2, arXiv 2408.00118).
+    keep_mask: bool [..., V], the tokens that sampling kept; the others have probability 0.
+    tp_group, vocab_range: vocabulary-parallel; this rank's weight (bias, keep_mask) holds the vocabulary rows
+        [start, stop), shards may differ in size and must not overlap. Results are the same on every rank, hidden's gradient
+        is summed over the group, and every rank must give the same hidden, targets and upstream gradients.
+    main_grad: [V, H] in fp32; weight's gradient is added to it in place and `weight.grad` stays as it is.
+    deterministic: bit-equal gradients from run to run; this implementation always is.
+
+    Raises ValueError or TypeError naming the argument. A target outside the vocabulary is a ValueError on a CPU and under
+    STROP_KERNELS_DEBUG=1; elsewhere, and where no vocabulary-parallel shard holds it, its log-prob is NaN. Differentiating
+    twice is a RuntimeError.
+    """
+    check_tensor("hidden", hidden, FLOATING)
+    check_tensor("weight", weight, FLOATING, device=hidden.device)
+    if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} don't fit: pass [..., H] and [V, H]")
+    rows_shape, vocab, dtype = hidden.shape[:-1], weight.shape[0], statistics_dtype(hidden)
+    if statistics_dtype(weight) != dtype:
+        raise TypeError(f"hidden is {hidden.dtype} and weight {weight.dtype}: use float64 for both or for neither")
+    if bias is not None:
+        check_tensor("bias", bias, FLOATING, (vocab,), hidden.device)
+    if main_grad is not None:
+        check_tensor("main_grad", main_grad, (dtype,), tuple(weight.shape), hidden.device)
+        if torch.is_grad_enabled() and not weight.requires_grad:
+            raise ValueError("main_grad is given but weight.requires_grad is False: leave main_grad out, or train the weight")
+    first = check_vocabulary(targets, rows_shape, vocab, hidden.device, tp_group, vocab_range, ignore_index)
+    shape = logit_shape(temperature, softcap, keep_mask, rows_shape, vocab, dtype, hidden.device)
+    results = LinearLogprob.apply(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, targets.reshape(-1), shape, ignore_index, first, tp_group, main_grad
+    )
+    return LogprobResult(*(values.view(rows_shape) for values in results))
+
+
+def logprob(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    keep_mask: Tensor | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    vocab_range: tuple[int, int] | None = None,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+) -> LogprobResult:
+    """`linear_logprob` for logits [..., V] that exist already (a bias belongs into them).
+
+    inplace_backward: backward writes the gradient into the logits' own storage, which saves [..., V] floats; whoever reads
+    the logits afterwards reads gradients. It needs contiguous logits. The other arguments, the results and the errors are
+    those of `linear_logprob`; -inf logits are tokens of probability 0.
+    """
+    check_tensor("logits", logits, FLOATING)
+    if logits.dim() < 1 or logits.shape[-1] == 0:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}: pass [..., V] with at least one token")
+    if inplace_backward and not logits.is_contiguous():
+        raise ValueError("inplace_backward needs contiguous logits: pass logits.contiguous() or inplace_backward=False")
+    rows_shape, vocab, dtype = logits.shape[:-1], logits.shape[-1], statistics_dtype(logits)
+    first = check_vocabulary(targets, rows_shape, vocab, logits.device, tp_group, vocab_range, ignore_index)
+    shape = logit_shape(temperature, softcap, keep_mask, rows_shape, vocab, dtype, logits.device)
+    flat_logits, flat_targets = logits.reshape(-1, vocab), targets.reshape(-1)
+    results = Logprob.apply(flat_logits, flat_targets, shape, ignore_index, first, tp_group, inplace_backward)
+    return LogprobResult(*(values.view(rows_shape) for values in results))
+
+
+def check_vocabulary(
+    targets: Tensor,
+    rows_shape: torch.Size,
+    vocab: int,
+    device: torch.device,
+    tp_group: dist.ProcessGroup | None,
+    vocab_range: tuple[int, int] | None,
+    ignore_index: int,
+) -> int:
+    """The first token id of this rank's vocabulary rows, after checking targets against the range."""
+    check_tensor("targets", targets, INDEX, tuple(rows_shape), device)
+    if (tp_group is None) != (vocab_range is None):
+        given, missing = ("vocab_range", "tp_group") if tp_group is None else ("tp_group", "vocab_range")
+        raise ValueError(f"{given} is given without {missing}: a vocabulary-parallel head needs both, a whole one neither")
+    first, stop = (0, vocab) if vocab_range is None else vocab_range
+    if first < 0 or stop - first != vocab:
+        raise ValueError(f"vocab_range {vocab_range} doesn't fit this rank's {vocab} tokens: pass (start, start + {vocab})")
+    if values_may_be_read(device) and targets.numel():
+        kept = targets[targets != ignore_index]
+        largest = stop - 1 if tp_group is None else torch.iinfo(torch.int64).max
+        wrong = kept[(kept < 0) | (kept > largest)]
+        if wrong.numel():
+            raise ValueError(f"targets holds {int(wrong[0])}, not in 0..{largest}: give rows without a target {ignore_index}")
+    return first
+
+
+def logit_shape(
+    temperature: float | Tensor,
+    softcap: float | None,
+    keep_mask: Tensor | None,
+    rows_shape: torch.Size,
+    vocab: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> LogitShape:
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap {softcap}: must be above 0; None leaves the logits alone")
+    if keep_mask is not None:
+        check_tensor("keep_mask", keep_mask, (torch.bool,), (*rows_shape, vocab), device)
+        keep_mask = keep_mask.reshape(-1, vocab)
+    if not isinstance(temperature, Tensor):
+        if not temperature > 0:
+            raise ValueError(f"temperature {temperature}: must be above 0 (score greedy samples at 1)")
+        return LogitShape(1.0 / temperature, softcap, keep_mask)
+    check_tensor("temperature", temperature, STATISTICS, tuple(rows_shape), device)
+    if values_may_be_read(device) and not (temperature > 0).all():
+        raise ValueError(f"temperature holds {float(temperature.min())}: must be above 0 (score greedy samples at 1)")
+    return LogitShape(temperature.detach().to(dtype).reshape(-1).reciprocal(), softcap, keep_mask)

@@ -1,0 +1,102 @@
+"""The policy loss: policy term x rollout correction + KL - entropy bonus, summed with the step's denominator."""
+
+import torch
+from torch import Tensor
+
+from ..specs import LossSpec
+from . import policy_terms
+from .correction import TokenInputs, sequence_weight, token_weight, unit_weight
+from .kl import kl
+from .metrics import loss_metrics
+from .policy_terms import PolicyTerm, Sequence
+from .sequences import per_token, sequence_sums
+
+SEQUENCE_FIELDS = ("tokens", "log_ratio", "rollout_gap", "rollout_drift", "advantage_up", "advantage_down")
+"""Columns of the sequence statistics. Each is a sum over trainable tokens, so context-parallel ranks add theirs: 1; D (gmpo:
+clipped, vespo: clamped and with log w); old - rollout; rollout - lp; token weight * A where A > 0; the same where A < 0."""
+
+
+@torch.no_grad()
+def sequence_statistics(tokens: TokenInputs, spec: LossSpec, index: Tensor, num_sequences: int) -> Tensor:
+    """[S, len(SEQUENCE_FIELDS)] of the tokens given, in the dtype of logprob."""
+    weight = token_weight(tokens, spec).weight
+    log_ratio = tokens.log_ratio
+    if spec.policy == "gmpo":
+        log_ratio = policy_terms.clip_log_ratio(log_ratio, tokens.advantages, spec)
+    elif spec.policy == "vespo":
+        low, high = policy_terms.VESPO_LOG_RANGE
+        log_ratio = log_ratio.clamp(-high, high) + torch.where(tokens.mask, weight.log().clamp(low, high), 0)
+    rollout = tokens.old if tokens.rollout is None else tokens.rollout
+    a = weight * tokens.advantages
+    columns = (
+        tokens.mask.to(a.dtype),
+        log_ratio,
+        tokens.old - rollout,
+        rollout - tokens.logprob,
+        a.clamp(min=0),
+        a.clamp(max=0),
+    )
+    return sequence_sums(torch.stack(columns, 1), index, num_sequences)
+
+
+def policy_loss(
+    tokens: TokenInputs,
+    spec: LossSpec,
+    index: Tensor | None,
+    num_sequences: int,
+    statistics: Tensor | None,
+    denominator: float | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(loss, metrics). index int64 [T] names each token's sequence, S outside; None only where the spec needs none.
+
+    statistics: of whole sequences of which other ranks hold parts; None computes them from `tokens`.
+    """
+    if statistics is None and index is not None:
+        statistics = sequence_statistics(tokens, spec, index, num_sequences)
+    weight = token_weight(tokens, spec)
+    dropped = torch.zeros_like(tokens.mask)
+    sequence = None
+    if spec.needs_sequences:
+        length, log_ratio, rollout_gap, rollout_drift, up, down = per_token(statistics.detach(), index).unbind(1)
+        length = length.clamp(min=1)
+        whole = sequence_weight(rollout_gap, length, spec)
+        weight = weight.times(whole)
+        if spec.opsm_delta is not None:
+            drifted = rollout_drift / length > spec.opsm_delta
+            down = torch.where(drifted, 0, down)
+            dropped = drifted & (tokens.advantages < 0)
+        sequence = Sequence(length, log_ratio, up * whole.weight, down * whole.weight)
+    applied = unit_weight(tokens.advantages) if spec.policy == "vespo" else weight  # vespo's phi holds the weight already
+    term = policy_term(tokens, spec, torch.where(dropped, 0, applied.weight) * tokens.advantages, sequence)
+
+    kl_term = entropy_term = torch.zeros_like(tokens.log_ratio)
+    if spec.kl_coef:
+        kl_term = spec.kl_coef * kl(tokens.logprob, tokens.ref, spec.kl_estimator, spec.kl_gradient, tokens.log_ratio)
+    if spec.entropy_coef:
+        entropy_term = -spec.entropy_coef * tokens.entropy
+    share = tokens.mask.to(tokens.log_ratio.dtype) / denominator
+    if spec.aggregation == "sequence-mean":
+        share = share / sequence.length
+    parts = [(share * torch.where(tokens.mask, part, 0)).sum() for part in (term.loss, kl_term, entropy_term)]
+    return parts[0] + parts[1] + parts[2], loss_metrics(tokens, spec, term, parts, weight, dropped, statistics)
+
+
+def policy_term(tokens: TokenInputs, spec: LossSpec, a: Tensor, sequence: Sequence | None) -> PolicyTerm:
+    """The term of `spec.policy` with a = final weight * A."""
+    match spec.policy:
+        case "clip":
+            return policy_terms.clipped(tokens.log_ratio, a, spec)
+        case "gspo":
+            return policy_terms.gspo(tokens.log_ratio, a, sequence, spec)
+        case "gspo-token":
+            return policy_terms.gspo_token(tokens.log_ratio, a, sequence, spec)
+        case "gmpo":
+            return policy_terms.gmpo(tokens.log_ratio, a, tokens.advantages, sequence, spec)
+        case "cispo":
+            return policy_terms.cispo(tokens.logprob, tokens.log_ratio, a, spec)
+        case "sapo":
+            return policy_terms.sapo(tokens.log_ratio, a, spec)
+        case "vespo":
+            return policy_terms.vespo(tokens.logprob, sequence, a, spec)
+        case "reinforce":
+            return policy_terms.reinforce(tokens.logprob, tokens.log_ratio, a)

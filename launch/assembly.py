@@ -1,0 +1,67 @@
+"""What more than one launch file puts together: the policy and the engine that generates with it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from strop.engine.batch import Group, Prompt
+from strop.engine.config import Precision
+from strop.engine.data.templates import Template, encode
+from strop.engine.evaluate.benchmark import EvalConfig, Record, ask
+from strop.engine.model.checkpoint import load_hf_folder
+from strop.engine.model.sources import resolve_model
+from strop.engine.model.transformer import Transformer
+from strop.engine.model.weights import ModelWeights
+from strop.engine.parallel.collectives import all_gather_objects
+from strop.engine.parallel.mesh import Mesh
+from strop.engine.protocols import Sampling
+from strop.engine.reward.rules import Rewards
+from strop.engine.rollout.engine import InProcessEngine, RolloutConfig
+
+EVALUATION_IDS = 2**62
+"""Sample ids of evaluations start here, far above training's."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model with its tokenizer, from a Hugging Face folder."""
+
+    folder: Path
+    model: Transformer
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def load(cls, name_or_path: str, precision: Precision, device: torch.device) -> "Policy":
+        """Raises InputError for a folder that is not a whole model, or one without a tokenizer."""
+        folder = resolve_model(name_or_path)
+        model = load_hf_folder(folder, DTYPES[precision], device)
+        return cls(folder, model, AutoTokenizer.from_pretrained(folder))
+
+    def engine(self, config: RolloutConfig, template: Template, probe: Callable[[Tensor], Tensor]) -> InProcessEngine:
+        """A rollout engine whose weights are this model's storage; `sync_weights` makes it ready."""
+        parameter = next(self.model.parameters())
+        engine = InProcessEngine(
+            self.model.config, self.tokenizer, lambda prompt: encode(prompt, self.tokenizer, template), config,
+            parameter.device, parameter.dtype, probe,
+        )  # fmt: skip
+        engine.bind_weights(ModelWeights(self.model))
+        return engine
+
+
+def ask_everyone(
+    engine: InProcessEngine, rewards: Rewards, prompts: Sequence[Prompt], config: EvalConfig, mesh: Mesh, seed: int
+) -> list[Record]:
+    """The records of all questions, in order, on every rank; each data-parallel rank asks its share."""
+
+    def generate(questions: Sequence[Prompt], sampling: Sampling, ids: Sequence[int]) -> list[Group]:
+        return engine.generate(questions, sampling, [EVALUATION_IDS + i for i in ids])
+
+    numbered = list(enumerate(prompts))[: config.questions or None]
+    mine = ask(generate, rewards.score, numbered[mesh.dp.rank :: mesh.dp.size], config, answer=rewards.answer, seed=seed)
+    records = [record for part in all_gather_objects(mine, mesh.dp) for record in part]
+    return sorted(records, key=lambda record: record.ordinal)
