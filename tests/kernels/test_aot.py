@@ -85,6 +85,10 @@ def test_cuda_sources(source, tmp_path, capsys):
 
 
 def readable(mangled: str) -> str:
-    """The function's name: in C++'s names its length precedes it."""
-    names = [mangled[m.end() : m.end() + int(m[0])] for m in re.finditer(r"(?<!\d)\d+", mangled)]
-    return next((name for name in names if name.endswith("_kernel")), mangled)
+    """The function's name: in C++'s names its length precedes it, here perhaps after digits of a hash."""
+    for run in re.finditer(r"\d+", mangled):
+        for digits in (run[0][start:] for start in range(len(run[0]))):
+            name = mangled[run.end() : run.end() + int(digits)]
+            if name.endswith("_kernel") and len(name) == int(digits):
+                return name
+    return mangled

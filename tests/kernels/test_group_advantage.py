@@ -174,7 +174,7 @@ def test_cuda_kernel_on_the_cpu(emulated_library, backwards):
     """csrc/cuda through the emulation, with threads and blocks in both orders, against the fp64 reference."""
     library = emulated_library(ROOT / "csrc/cuda/group_advantage.cu")
     library.strop_emulation_order(backwards)
-    for size in (0, 1, 7, 70):
+    for size in (0, 1, 7, 40):
         rewards = torch.randn(size).round(decimals=1)
         rewards[torch.rand(size) < 0.05] = math.nan
         groups = torch.randint(0, max(size // 4, 1), (size,))
