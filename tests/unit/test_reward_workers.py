@@ -22,8 +22,6 @@ say(id=0, ready=True)
 for line in sys.stdin:
     job = json.loads(line)
     deed, where = job["arguments"]["gold"], job["arguments"]["answer"]
-    if deed == "hang before":
-        time.sleep(1000)
     say(id=job["id"], started=True, missing="no such package" if deed == "missing" else "")
     if deed == "missing":
         continue
@@ -129,9 +127,14 @@ def test_a_job_larger_than_a_pipe_arrives_whole(fake):
     assert fake(limit_s=10).run([job("fine", "x" * (20 * MAX_REPLY_BYTES))])[0].status == "ok"
 
 
-def test_what_no_worker_can_do_is_an_error_not_a_score(fake):
+def test_what_no_worker_can_do_is_an_error_not_a_score(fake, tmp_path):
     with pytest.raises(RuntimeError, match=r"no such package.*strop\[train\]"):
         fake().run([job("missing")])
+    dies_at_first = "import os, sys; flag = sys.argv[1]; os.path.exists(flag) or (open(flag, 'w'), os.kill(os.getpid(), 9));"
+    command = [sys.executable, "-c", dies_at_first + f"exec({FAKE_WORKER!r})", str(tmp_path / "flag")]
+    unlucky = WorkerPool(1, 1.0, 1024, command=command)
+    assert unlucky.run([job("fine")])[0].status == "ok", "what kills a starting worker may be the machine"
+    unlucky.close()
     broken = WorkerPool(1, 1.0, 1024, command=[sys.executable, "-c", "import sys; sys.exit('boom 42')"])
     with pytest.raises(RuntimeError, match="boom 42"):
         broken.run([job("fine")])
@@ -174,12 +177,22 @@ def test_expressions_without_end_time_out_and_the_others_are_scored(real):
 
 def test_a_worker_killed_between_jobs_is_not_missed(real):
     question = Job("math", {"gold": "\\frac{\\pi}{2}", "answer": "\\pi/2"})
-    before = children()
     assert real.run([question])[0].value == 1.0
-    for pid in children() & before | children() - before:
+    for pid in children():
         if b"strop.engine.reward.workers" in Path(f"/proc/{pid}/cmdline").read_bytes():
             os.kill(pid, signal.SIGKILL)
     assert [outcome.value for outcome in real.run([question] * 3)] == [1.0] * 3
+
+
+def test_a_stopped_worker_is_a_hung_worker(real):
+    question = Job("math", {"gold": "\\frac{\\pi}{2}", "answer": "\\pi/2"})
+    assert [outcome.value for outcome in real.run([question] * 20)] == [1.0] * 20
+    for pid in children():
+        if b"strop.engine.reward.workers" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGSTOP)
+    statuses = [outcome.status for outcome in real.run([question] * 10)]
+    assert 1 <= statuses.count("timeout") <= 2, "one for each stopped worker"
+    assert statuses.count("ok") == 10 - statuses.count("timeout")
 
 
 def spiral(answer, gold="1 2 3"):
@@ -222,7 +235,7 @@ def test_reasoning_gym_scores_are_all_or_nothing(real):
 
 
 PARENT = """
-import os, sys, threading, time
+import os, signal, sys, threading, time
 from strop.engine.reward.pool import Job, WorkerPool
 pool = WorkerPool(1, 1.0, 2048)
 pool.run([Job("math", {"gold": "x", "answer": "x"})])
@@ -231,11 +244,13 @@ print(pid, flush=True)
 if sys.argv[1] == "busy":
     threading.Thread(target=pool.run, args=([Job("math", {"gold": "7", "answer": "9^{9^{9^9}}"})],)).start()
     time.sleep(0.5)
+if sys.argv[1] == "stopped":
+    os.kill(pid, signal.SIGSTOP)
 os.kill(os.getpid(), 9)
 """
 
 
-@pytest.mark.parametrize("state", ["idle", "busy"])
+@pytest.mark.parametrize("state", ["idle", "busy", "stopped"])
 def test_workers_leave_when_their_parent_is_killed(state):
     parent = subprocess.run([sys.executable, "-c", PARENT, state], capture_output=True, text=True)
     assert parent.returncode == -signal.SIGKILL, parent.stderr
