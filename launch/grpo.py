@@ -34,6 +34,7 @@ from strop.engine.run.progress import RunProgress, Summary
 from strop.engine.run.state import Checkpoints
 from strop.engine.run.telemetry import Telemetry
 from strop.engine.run.watchdog import Watchdog
+from strop.engine.train.packing import require_fitting
 from strop.engine.train.step import Trainer
 from strop.launch.assembly import Policy, ask_everyone
 from strop.launch.presets import GRPO_PRESETS, GrpoConfig
@@ -84,7 +85,8 @@ def train(config: GrpoConfig, mesh: Mesh, folder: RunFolder, watchdog: Watchdog,
 
     with Rewards(config.reward, seed=config.seed) as rewards, watched as progress:
         rewards.check([*prompts.train, *prompts.held_out])
-        #rollout.check([*prompts.train, *prompts.held_out], config.rollout.max_new_tokens)
+        longest = rollout.check([*prompts.train, *prompts.held_out], config.rollout.sampling(config.seed))
+        require_fitting([longest], config.train.microbatch_tokens)
         rollout.sync_weights(step)
 
         def evaluate() -> dict[str, float]:

@@ -84,7 +84,7 @@ GRPO_PRESETS: dict[str, tuple[str, GrpoConfig]] = {
         GrpoConfig(
             model="tiny",
             data=ARITHMETIC,
-            rollout=RolloutConfig(prompts_per_step=4, group_size=4, max_new_tokens=8),
+            rollout=RolloutConfig(prompts_per_step=4, group_size=4, max_new_tokens=8, kv_cache_gib=0.01),
             train=TrainConfig(steps=4, lr=1e-3, warmup_steps=0, microbatch_tokens=1024),
             eval=EvalConfig(max_new_tokens=8),
             run=RunConfig(save_every=2),
@@ -95,7 +95,7 @@ GRPO_PRESETS: dict[str, tuple[str, GrpoConfig]] = {
         GrpoConfig(
             model="smollm2",
             data=ARITHMETIC,
-            rollout=RolloutConfig(prompts_per_step=8, group_size=8, max_new_tokens=16),
+            rollout=RolloutConfig(prompts_per_step=8, group_size=8, max_new_tokens=16, kv_cache_gib=0.25),
             train=TrainConfig(steps=20, lr=1e-5, warmup_steps=2, microbatch_tokens=2048),
             eval=EvalConfig(max_new_tokens=16),
         ),
