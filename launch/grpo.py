@@ -58,15 +58,15 @@ def main() -> None:
 def train(config: GrpoConfig, mesh: Mesh, folder: RunFolder, watchdog: Watchdog, interrupt: Interrupt) -> bool:
     """The run, from the first step (or the newest checkpoint) to the last; True when a Ctrl-C ended it early."""
     started = time.perf_counter()
-    policy = Policy.load(config.model, config.precision, mesh.device)
-    prompts = load_prompts(config.data, config.seed)
-    stream = PromptStream(prompts.train, config.seed)
     prompts_per_step, group_size = config.rollout.prompts_per_step, config.rollout.group_size
     if prompts_per_step < mesh.dp.size:
         raise InputError(
             f"--rollout.prompts-per-step {prompts_per_step} leaves some of the {mesh.dp.size} data-parallel ranks without a "
             f"prompt: at least {mesh.dp.size}, or start fewer ranks"
         )
+    policy = Policy.load(config.model, config.precision, mesh.device)
+    prompts = load_prompts(config.data, config.seed)
+    stream = PromptStream(prompts.train, config.seed)
     trainer = Trainer(policy.model, mesh, config.train)
     rollout = policy.engine(config.rollout, config.data.template, probe=trainer.token_logprobs)
     checkpoints = Checkpoints(
@@ -74,7 +74,7 @@ def train(config: GrpoConfig, mesh: Mesh, folder: RunFolder, watchdog: Watchdog,
         group=mesh.new_gloo_group(),
     )  # fmt: skip
     step, state = 0, {"cursor": 0, "metrics_bytes": 0, "samples_bytes": 0}
-    if config.run.resume:
+    if config.run.resume and checkpoints.latest() is not None:
         step = checkpoints.latest()
         state = checkpoints.load(step, trainer.state_dict())
     stream.cursor = state["cursor"]
