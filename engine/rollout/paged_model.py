@@ -113,14 +113,16 @@ class PagedModel:
         return self.model(torch.cat(tokens), ForwardContext(torch.cat(positions), attention))
 
     def _head(self, hidden_NH: Tensor) -> Tensor:
-        """fp32 logits [N, V], in the engine's own buffer: N is at most the number of rows."""
+        """fp32 logits [N, V], in the engine's own buffer if they fit."""
+        if len(hidden_NH) > len(self._logits):
+            return F.linear(hidden_NH, self.model.lm_head_weight).float()
         logits_NV = self._logits[: len(hidden_NH)]
         if self._dtype == torch.float32:
             return torch.mm(hidden_NH, self.model.lm_head_weight.T, out=logits_NV)
         return logits_NV.copy_(F.linear(hidden_NH, self.model.lm_head_weight))
 
     def _draw(self, logits_BV: Tensor, how: SamplingRows, num_drawn_B: Tensor) -> Drawn:
-        scratch = self._weights[: len(logits_BV)] if len(logits_BV) <= self._max_rows else None
+        scratch = self._weights[: len(logits_BV)] if len(logits_BV) <= len(self._weights) else None
         return sample(logits_BV, how, num_drawn_B, scratch)
 
     def _allocated_cache(self) -> KVCache:

@@ -216,9 +216,9 @@ class Scheduler:
             while request.waiting and request.context.num_pending == 0 and len(self._in_batch()) < self.max_rows:
                 if not self._enter_response(request, copies):
                     return
-            if request.waiting and not request.context.blocks:
-                if len(self._in_batch()) + ready >= most_ready or not self._enter_prompt(request):
-                    return
+            is_due = request.waiting and not request.context.blocks
+            if is_due and (len(self._in_batch()) + ready >= most_ready or not self._enter_prompt(request)):
+                return
             ready += len(request.waiting)
 
     def _enter_prompt(self, request: Request) -> bool:
