@@ -20,14 +20,49 @@ from .paged_model import PagedModel
 from .sampling import Drawn
 from .scheduler import Request, Response, Scheduler
 from .stopping import StopStrings, decode, end_token_ids
-from .weights import StaleWeightsError, bind_aliases, checksums, probe_tokens, prove_aliases, prove_logprobs
+from .weights import (
+    MAX_PROBE_DIFFERENCE,
+    StaleWeightsError,
+    bind_aliases,
+    checksums,
+    probe_tokens,
+    prove_aliases,
+    prove_logprobs,
+)
 
 Resource = Literal["weights", "kv_cache", "all"]
 
 
 @dataclass(frozen=True)
-class RolloutConfig:
-    """How responses are generated."""
+class EngineConfig:
+    """What the engine may use."""
+
+    max_batch: int = 64
+    """Responses that run at once on a rank. A decode step of 64 costs little more than one of 16: the weights are read once."""
+    block_size: int = 16
+    """Tokens in a block of the key/value cache."""
+    kv_cache_gib: float = 1.0
+    """Largest size of the key/value cache of a rank, in GiB; less is taken where max_batch full contexts need less."""
+    fill_tokens: int = 2048
+    """Prompt tokens a forward pass takes at most, besides one token for each running response; longer prompts go in chunks."""
+    layout: Layout | None = None
+    """How the rollout model is spread over the ranks; the default is the training layout."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "block_size", "fill_tokens"):
+            require_positive(name, getattr(self, name))
+        if not self.kv_cache_gib > 0:
+            raise InputError(f"--rollout.kv-cache-gib {self.kv_cache_gib}: must be above 0")
+        if self.layout is not None and replace(self.layout, dp=0) != Layout():
+            raise InputError(
+                f"--rollout.layout {self.layout}: a layout of its own needs weights resharded (T2), which isn't "
+                "implemented yet: leave --rollout.layout out"
+            )
+
+
+@dataclass(frozen=True)
+class RolloutConfig(EngineConfig):
+    """What a training step generates, and how."""
 
     group_size: int = 8
     """Responses to each prompt: GRPO compares them with each other."""
@@ -44,29 +79,12 @@ class RolloutConfig:
     min_p: float = 0.0
     """Drop tokens less probable than this part of the most probable one's probability; 0 keeps all."""
     stop: tuple[str, ...] = ()
-    """Strings that end a response, besides the model's end tokens."""
-    max_batch: int = 64
-    """Responses that run at once on a rank. A decode step of 64 costs little more than one of 16: the weights are read once."""
-    block_size: int = 16
-    """Tokens in a block of the key/value cache."""
-    kv_cache_gib: float = 1.0
-    """Largest size of the key/value cache of a rank, in GiB; less is taken where max_batch full contexts need less."""
-    fill_tokens: int = 2048
-    """Prompt tokens a forward pass takes at most, besides one token for each running response; longer prompts go in chunks."""
-    layout: Layout | None = None
-    """How the rollout model is spread over the ranks; the default is the training layout."""
+    """Strings that end a response, besides the model's end tokens. They are cut from the text that is scored."""
 
     def __post_init__(self) -> None:
-        for name in ("group_size", "prompts_per_step", "max_batch", "block_size", "fill_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--rollout.{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        if not self.kv_cache_gib > 0:
-            raise InputError(f"--rollout.kv-cache-gib {self.kv_cache_gib}: must be above 0")
-        if self.layout is not None and replace(self.layout, dp=0) != Layout():
-            raise InputError(
-                f"--rollout.layout {self.layout}: a layout of its own needs weights resharded (T2), which isn't "
-                "implemented yet: leave --rollout.layout out"
-            )
+        super().__post_init__()
+        for name in ("group_size", "prompts_per_step"):
+            require_positive(name, getattr(self, name))
         self.sampling(seed=0)
 
     def sampling(self, seed: int) -> Sampling:
@@ -83,6 +101,11 @@ class RolloutConfig:
         )
 
 
+def require_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise InputError(f"--rollout.{name.replace('_', '-')} {value}: must be at least 1")
+
+
 class InProcessEngine:
     """A RolloutEngine (protocols.py) inside the training process, whose weights are the trainer's storages (T0).
 
@@ -90,6 +113,7 @@ class InProcessEngine:
 
     encode: a prompt's token ids as the model is to read it (template included).
     probe: the trainer's log-probs of one sequence, int64 [L] -> fp32 [L - 1], of tokens 1 .. L - 1 given those before.
+    beat: called after each forward pass of `generate`, a sign of life during a long generation.
     """
 
     def __init__(
@@ -97,11 +121,14 @@ class InProcessEngine:
         model_config: ModelConfig,
         tokenizer: PreTrainedTokenizerBase,
         encode: Callable[[Prompt], list[int]],
-        config: RolloutConfig,
+        config: EngineConfig,
         device: torch.device | str,
         dtype: torch.dtype,
         probe: Callable[[Tensor], Tensor],
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
+        if dtype not in MAX_PROBE_DIFFERENCE:
+            raise ValueError(f"rollouts in {dtype}: {' and '.join(map(str, MAX_PROBE_DIFFERENCE))} are implemented")
         self.config = config
         self.version = -1
         """Of the weights in use, as given to `sync_weights`; -1 before the first sync."""
@@ -113,6 +140,7 @@ class InProcessEngine:
         self._device = torch.device(device)
         self._dtype = dtype
         self._probe = probe
+        self._beat = beat
         self._end_ids = end_token_ids(model_config, tokenizer)
         self._source: WeightSource | None = None
         self._asleep: set[str] = set()
@@ -151,6 +179,7 @@ class InProcessEngine:
                         missing -= 1
                     else:
                         self._unclaimed.append(sample)
+                self._beat()
         except BaseException:
             for request in ours & set(self._scheduler.requests.values()):
                 self._scheduler.remove(request)
@@ -343,7 +372,7 @@ class InProcessEngine:
         return request, sample
 
 
-def _num_blocks(model_config: ModelConfig, config: RolloutConfig, dtype: torch.dtype) -> int:
+def _num_blocks(model_config: ModelConfig, config: EngineConfig, dtype: torch.dtype) -> int:
     """As many cache blocks as the configured size holds, but no more than max_batch full contexts could use."""
     block_bytes = KVCache.block_bytes(model_config, config.block_size, dtype)
     most_used = config.max_batch * (model_config.max_positions // config.block_size + 2)

@@ -1,6 +1,8 @@
 """A tiny trainer-side model and engines on its weights."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,10 +60,16 @@ def tiny_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def make_lab() -> Callable[[Path], Lab]:
+    """The laboratory on the model of a folder, in fp32."""
+    return lambda folder: Lab(load_hf_folder(folder, torch.float32, "cpu"), AutoTokenizer.from_pretrained(folder))
+
+
 @pytest.fixture
-def lab(tiny_folder) -> Lab:
+def lab(make_lab, tiny_folder) -> Lab:
     """A fresh tiny model: tests may change its weights."""
-    return Lab(load_hf_folder(tiny_folder, torch.float32, "cpu"), AutoTokenizer.from_pretrained(tiny_folder))
+    return make_lab(tiny_folder)
 
 
 @pytest.fixture

