@@ -156,7 +156,18 @@ def _resume(path: Path, recorded: dict[str, Any]) -> tuple[Path, TextIO]:
     except ValueError as error:
         raise InputError(f"--run.resume: {config} is not JSON ({error}): restore it, or start a new run") from None
     _refuse_changes(_flatten(before), _flatten(recorded), config)
+    logged = _last_logged_step(path / "metrics.jsonl")
+    if not saved_steps(path / "checkpoints") and ((path / "model").exists() or logged >= 2 * before["run"]["save_every"]):
+        raise InputError(
+            f"--run.resume: {path} holds a log of {logged} steps but no checkpoint: its checkpoints were removed; "
+            "restore them, or start a new run in another folder"
+        )
     return path, lock
+
+
+def _last_logged_step(metrics: Path) -> int:
+    """Number of complete lines after that of step 0; 0 without a file."""
+    return max(metrics.read_bytes().count(b"\n") - 1, 0) if metrics.is_file() else 0
 
 
 def _refuse_changes(before: dict[str, Any], now: dict[str, Any], config: Path) -> None:
