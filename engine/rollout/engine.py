@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -11,14 +10,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..batch import FinishReason, Group, Prompt, Sample, Span
+from ..batch import FinishReason, Group, Prompt, Sample
 from ..config import InputError, Layout
 from ..model.config import ModelConfig
 from ..protocols import Sampling, SyncPlan, SyncStats, WeightSource
 from .kv_cache import BlockAllocator, Context, KVCache
 from .paged_model import PagedModel
+from .requests import Request, Response
 from .sampling import Drawn
-from .scheduler import Request, Response, Scheduler
+from .scheduler import Scheduler
 from .stopping import StopStrings, decode, end_token_ids
 from .weights import (
     MAX_PROBE_DIFFERENCE,
@@ -299,10 +299,9 @@ class InProcessEngine:
                 f"{allocator.num_blocks}: --rollout.kv-cache-gib {self.config.kv_cache_gib} must be at least {gib:.3g}"
             )
         request = Request(first_id, prompt, sampling, max_tokens, Context(tokens))
-        request.waiting = deque(Response(request, first_id + i, Context(list(tokens))) for i in range(sampling.n))
-        if sampling.stop:
-            for response in request.waiting:
-                response.stop_strings = StopStrings(self._tokenizer, sampling.stop)
+        for sample_id in range(first_id, first_id + sampling.n):
+            search = StopStrings(self._tokenizer, sampling.stop) if sampling.stop else None
+            request.waiting.append(Response(request, sample_id, Context(list(tokens)), search))
         return request
 
     def _queue(self, requests: list[Request]) -> None:
@@ -346,11 +345,7 @@ class InProcessEngine:
         finished = []
         tokens, logprobs, raw_logprobs = drawn.tokens.tolist(), drawn.logprobs.tolist(), drawn.raw_logprobs.tolist()
         for response, token, logprob, raw_logprob in zip(responses, tokens, logprobs, raw_logprobs, strict=True):
-            if not response.version_starts or response.version_starts[-1][0] != self.version:
-                response.version_starts.append((self.version, response.num_tokens))
-            response.context.tokens.append(token)
-            response.logprobs.append(logprob)
-            response.raw_logprobs.append(raw_logprob)
+            response.append(token, logprob, raw_logprob, self.version)
             text = response.stop_strings.find(token) if response.stop_strings else None
             if text is not None or token in self._end_ids or token in response.request.sampling.stop_ids:
                 finished.append((response, "stop", text))
@@ -362,10 +357,10 @@ class InProcessEngine:
         return finished
 
     def _sample(self, response: Response, reason: FinishReason, text: str | None) -> tuple[Request, Sample]:
-        request, tokens = response.request, response.tokens
+        request = response.request
         if text is None:
-            text = decode(self._tokenizer, tokens[:-1] if reason == "stop" else tokens)
-        sample = Sample(response.sample_id, _spans(response, tokens), reason, text)
+            text = decode(self._tokenizer, response.tokens[:-1] if reason == "stop" else response.tokens)
+        sample = Sample(response.sample_id, response.spans(), reason, text)
         request.samples[response.sample_id] = sample
         if len(request.samples) == request.sampling.n:
             self._scheduler.remove(request)
@@ -383,22 +378,3 @@ def _parts(what: Resource) -> set[str]:
     if what not in ("weights", "kv_cache", "all"):
         raise ValueError(f"{what!r}: sleep and wake take 'weights', 'kv_cache' or 'all'")
     return {"weights", "kv_cache"} if what == "all" else {what}
-
-
-def _spans(response: Response, tokens: list[int]) -> tuple[Span, ...]:
-    """One span for each weight version that drew tokens. A greedy response's log-probs are those of temperature 1, and so
-    is the temperature it records: a trainer that recomputes them there gets the same."""
-    starts = response.version_starts
-    ends = [start for _, start in starts[1:]] + [len(tokens)]
-    return tuple(
-        Span(
-            tokens=torch.tensor(tokens[start:end]),
-            trainable=True,
-            weight_version=version,
-            logprobs=torch.tensor(response.logprobs[start:end]),
-            raw_logprobs=torch.tensor(response.raw_logprobs[start:end]),
-            temperature=response.request.sampling.temperature or 1.0,
-            keep_mask=torch.stack(response.keep_masks[start:end]) if response.keep_masks else None,
-        )
-        for (version, start), end in zip(starts, ends, strict=True)
-    )

@@ -10,9 +10,10 @@ from ..model.config import ModelConfig
 from ..model.context import ForwardContext, Paged
 from ..model.transformer import Transformer
 from .kv_cache import BlockAllocator, Context, KVCache
+from .requests import Response
 from .rows import DecodeRows, sampling_rows
 from .sampling import Drawn, SamplingRows, sample
-from .scheduler import Response, Step
+from .scheduler import Step
 
 Piece = tuple[Context, int]
 """A context and how many of its pending tokens to feed."""

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .requests import Response
 from .sampling import SamplingRows
-from .scheduler import Response
 
 
 class DecodeRows:

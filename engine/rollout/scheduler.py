@@ -13,60 +13,10 @@ One forward pass mixes all running rows and as much filling as the token budget 
 and in keeping their blocks, so the oldest one always makes progress.
 """
 
-from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from torch import Tensor
-
-from ..batch import Prompt, Sample
-from ..protocols import Sampling
-from .kv_cache import BlockAllocator, BlockCopy, Context
-from .stopping import StopStrings
-
-
-@dataclass(eq=False)
-class Response:
-    """One response in the making."""
-
-    request: "Request"
-    sample_id: int
-    context: Context
-    """The prompt's tokens, then the response's."""
-    logprobs: list[float] = field(default_factory=list)
-    raw_logprobs: list[float] = field(default_factory=list)
-    keep_masks: list[Tensor] = field(default_factory=list)
-    """bool [V] each, one a token where truncation is active, else empty."""
-    version_starts: list[tuple[int, int]] = field(default_factory=list)
-    """(weight version, index of the first token it drew), a new entry whenever the version changed."""
-    stop_strings: StopStrings | None = None
-    """None when there are no stop strings: then nothing is decoded until the end."""
-
-    @property
-    def tokens(self) -> list[int]:
-        """Of the response, without the prompt."""
-        return self.context.tokens[len(self.request.context.tokens) :]
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.logprobs)
-
-
-@dataclass(eq=False)
-class Request:
-    """A submitted prompt and its responses."""
-
-    id: int
-    """The id of its first sample; its samples are id, id + 1, ..."""
-    prompt: Prompt
-    sampling: Sampling
-    max_tokens: int
-    """Responses have at most this many tokens: the smaller of max_new_tokens and what the context leaves."""
-    context: Context
-    """The prompt's tokens; holds their blocks while responses wait to enter."""
-    waiting: deque[Response] = field(default_factory=deque)
-    """Responses that are not in the batch, in order."""
-    samples: dict[int, Sample] = field(default_factory=dict)
-    """Finished responses by sample id."""
+from .kv_cache import BlockAllocator, BlockCopy
+from .requests import Request, Response
 
 
 @dataclass(frozen=True)

@@ -84,8 +84,8 @@ def test_random_schedules(sharp_lab):
     """Random workloads in random cache sizes; every one finishes, with the samples of an unconstrained engine."""
     choose, roomy = random.Random(3), sharp_lab.engine()
     for _ in range(15):
-        prompts = [Prompt(id=f"p{i}", source="t", text="x" * choose.randint(1, 30)) for i in range(choose.randint(1, 6))]
-        sampling = Sampling(n=choose.randint(1, 5), max_new_tokens=choose.randint(1, 20), seed=choose.randint(0, 99))
+        prompts = [Prompt(id=f"p{i}", source="t", text="x" * choose.randint(1, 20)) for i in range(choose.randint(1, 6))]
+        sampling = Sampling(n=choose.randint(1, 5), max_new_tokens=choose.randint(1, 9), seed=choose.randint(0, 99))
         block_size = choose.choice([1, 2, 4, 16])
         needed = max(-(-(len(p.text) + sampling.max_new_tokens) // block_size) for p in prompts) + 1
         engine = sharp_lab.engine(
@@ -170,6 +170,15 @@ def test_submit_and_step_give_what_generate_gives(lab, prompts):
     while finished := engine.step() or engine._scheduler.requests:
         done |= {s.id: s.tokens.tolist() for s in finished} if isinstance(finished, list) else {}
     assert done == expected
+
+
+def test_a_generation_beats_after_every_forward_pass(lab, prompts, monkeypatch):
+    engine, beats, passes = lab.engine(max_batch=4), [], []
+    monkeypatch.setattr(engine, "_beat", lambda: beats.append(len(passes)))
+    schedule = engine._scheduler.schedule
+    monkeypatch.setattr(engine._scheduler, "schedule", lambda: passes.append(1) or schedule())
+    engine.generate(prompts, Sampling(n=2, max_new_tokens=5, stop_ids=()))
+    assert len(passes) > 10 and beats == list(range(1, len(passes) + 1))
 
 
 def test_abort_drops_submissions(lab, prompts):
