@@ -14,8 +14,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,10 +61,19 @@ class WorkerPool:
 
     limit_s: wall-clock seconds a job may take (a worker's start and imports don't count). memory_mib: RLIMIT_AS of a worker.
     command: how to start one (default: this module under this interpreter); the limits are appended as flags.
+    beat: called after each job, in the thread that runs them: a sign of life while many slow jobs are under way.
     """
 
-    def __init__(self, workers: int, limit_s: float, memory_mib: int, command: Sequence[str] | None = None):
+    def __init__(
+        self,
+        workers: int,
+        limit_s: float,
+        memory_mib: int,
+        command: Sequence[str] | None = None,
+        beat: Callable[[], None] = lambda: None,
+    ):
         self.limit_s = limit_s
+        self._beat = beat
         # -P: the current folder stays off sys.path; a repository root there would shadow packages of the same name.
         program = command or [sys.executable, "-P", "-m", WORKER_MODULE]
         self._command = [*program, f"--limit-s={limit_s}", f"--memory-mib={memory_mib}", f"--parent={os.getpid()}"]
@@ -83,6 +92,9 @@ class WorkerPool:
         """
         futures = [self._threads.submit(self._run, job) for job in jobs]
         try:
+            for future in as_completed(futures):
+                future.result()
+                self._beat()
             return [future.result() for future in futures]
         except BaseException:
             for future in futures:

@@ -32,6 +32,8 @@ for line in sys.stdin:
         with open(where, "w") as file:
             file.write(str(subprocess.Popen(["sleep", "1000"]).pid))
         time.sleep(1000)
+    if deed == "slow":
+        time.sleep(float(where))
     if deed == "garbage":
         print("Segmentation fault (not really)", flush=True)
     if deed == "flood":
@@ -49,8 +51,8 @@ def fake(tmp_path):
     script.write_text(FAKE_WORKER)
     pools = []
 
-    def start(workers=2, limit_s=1.0):
-        pools.append(WorkerPool(workers, limit_s, 1024, command=[sys.executable, "-S", str(script)]))
+    def start(workers=2, limit_s=1.0, **options):
+        pools.append(WorkerPool(workers, limit_s, 1024, command=[sys.executable, "-S", str(script)], **options))
         return pools[-1]
 
     yield start
@@ -97,6 +99,15 @@ def gone_within(pid, seconds):
 def test_outcomes_keep_the_order_of_the_jobs(fake):
     outcomes = fake(workers=3).run([job("echo", number) for number in range(50)])
     assert [outcome.value for outcome in outcomes] == list(range(50))
+
+
+def test_a_long_run_beats_after_each_job_and_not_only_at_the_end(fake):
+    beats = []
+    pool = fake(workers=2, limit_s=20, beat=lambda: beats.append(time.monotonic()))
+    outcomes = pool.run([job("slow", 0.5)] * 6)
+    assert [outcome.status for outcome in outcomes] == ["ok"] * 6
+    assert len(beats) == 6
+    assert time.monotonic() - beats[0] > 0.8, "three rounds of 0.5 s: the first beat comes two before the end"
 
 
 def test_hung_workers_are_killed_with_their_children_and_never_block_longer(fake, tmp_path):
