@@ -29,7 +29,7 @@ help:
 	@echo 'RANKS=4      as many training processes     PYTHON=python3.12  another interpreter     VENV=dir  another environment'
 
 grpo: $(VENV)/.train-installed
-	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc-per-node $(RANKS) launch/grpo.py $(PRESET) $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --shutdown-timeout 600 --nproc-per-node $(RANKS) launch/grpo.py $(PRESET) $(ARGS)
 
 test: $(VENV)/.test-installed
 	$(VENV)/bin/pytest $(ARGS)

@@ -106,7 +106,7 @@ def main() -> None:
     print(table, f"\nwritten to {path}")
 
 
-PHASES = tuple(f"time/{phase}" for phase in ("evaluate", "rollout", "reward", "train", "sync", "save"))
+PHASES = tuple(f"time/{phase}" for phase in ("evaluate", "rollout", "reward", "train", "sync"))
 
 if __name__ == "__main__":
     RESULTS.mkdir(exist_ok=True)

@@ -1,6 +1,7 @@
 """What every benchmark shares: the machine and versions a result belongs to, and where it is written."""
 
 import json
+import os
 import platform
 import re
 import shlex
@@ -23,7 +24,7 @@ def machine() -> dict[str, str]:
         device = torch.cuda.get_device_name()
     else:
         cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        device = f"{cpu[1] if cpu else platform.processor()}, {torch.get_num_threads()} cores"
+        device = f"{cpu[1] if cpu else platform.processor()}, {os.cpu_count()} cores"
     versions = {}
     for package in PACKAGES:
         try:

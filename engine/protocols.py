@@ -4,6 +4,7 @@ Structural types only: nothing inherits from these, and each has more than one i
 trainer, checkpoint; single-turn, tools).
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -40,7 +41,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.n < 1:
             raise InputError(f"sampling n {self.n}: needs at least 1 sample a prompt")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise InputError(f"sampling temperature {self.temperature}: must be 0 (greedy) or above")
         if not 0 < self.top_p <= 1:
             raise InputError(f"sampling top_p {self.top_p}: must lie in (0, 1]; 1 keeps the whole vocabulary")

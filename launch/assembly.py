@@ -9,18 +9,18 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from strop.engine.batch import Group, Prompt
-from strop.engine.config import Precision
+from strop.engine.config import InputError, Precision
 from strop.engine.data.templates import Template, encode
 from strop.engine.evaluate.benchmark import EvalConfig, Record, ask
 from strop.engine.model.checkpoint import load_hf_folder
 from strop.engine.model.sources import resolve_model
 from strop.engine.model.transformer import Transformer
-from strop.engine.model.weights import ModelWeights
+from strop.engine.model.weights import ModelWeights, bit_sum
 from strop.engine.parallel.collectives import all_gather_objects
 from strop.engine.parallel.mesh import Mesh
 from strop.engine.protocols import Sampling
 from strop.engine.reward.rules import Rewards
-from strop.engine.rollout.engine import InProcessEngine, RolloutConfig
+from strop.engine.rollout.engine import EngineConfig, InProcessEngine
 
 EVALUATION_IDS = 2**62
 """Sample ids of evaluations start here, far above training's."""
@@ -40,14 +40,29 @@ class Policy:
         """Raises InputError for a folder that is not a whole model, or one without a tokenizer."""
         folder = resolve_model(name_or_path)
         model = load_hf_folder(folder, DTYPES[precision], device)
-        return cls(folder, model, AutoTokenizer.from_pretrained(folder))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            cause = str(error).strip().splitlines()[0]
+            raise InputError(f"{folder} has no tokenizer that can be read ({cause}): put its tokenizer.json there") from error
+        return cls(folder, model, tokenizer)
 
-    def engine(self, config: RolloutConfig, template: Template, probe: Callable[[Tensor], Tensor]) -> InProcessEngine:
-        """A rollout engine whose weights are this model's storage; `sync_weights` makes it ready."""
+    def checksum(self) -> str:
+        """Order-independent sum of the bits of all weights, 16 hexadecimal digits."""
+        return f"{sum(bit_sum(parameter) for parameter in self.model.parameters()) % 2**64:016x}"
+
+    def engine(
+        self,
+        config: EngineConfig,
+        template: Template,
+        probe: Callable[[Tensor], Tensor],
+        beat: Callable[[], None] = lambda: None,
+    ) -> InProcessEngine:
+        """A rollout engine whose weights are this model's storage; `sync_weights` makes it ready. beat: see InProcessEngine."""
         parameter = next(self.model.parameters())
         engine = InProcessEngine(
             self.model.config, self.tokenizer, lambda prompt: encode(prompt, self.tokenizer, template), config,
-            parameter.device, parameter.dtype, probe,
+            parameter.device, parameter.dtype, probe, beat=beat,
         )  # fmt: skip
         engine.bind_weights(ModelWeights(self.model))
         return engine

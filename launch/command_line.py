@@ -2,7 +2,8 @@
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import tyro
@@ -38,22 +39,15 @@ def parse(
     return name, config
 
 
-def this_command(*added: str) -> str:
-    """The command line that started this process, without its --run.* flags and with `added` instead."""
-    kept: list[str] = []
-    value_follows = False
-    for argument in sys.argv:
-        if argument.startswith("--run."):
-            value_follows = "=" not in argument and not argument.endswith("resume")
-        elif value_follows:
-            value_follows = False
-        else:
-            kept.append(argument)
-    return launch_command(*kept, *added)
-
-
-def launch_command(*words: str) -> str:
-    """A launch file's command line for as many ranks as this process has beside it."""
+def next_command(file: str, keep: Callable[[str], bool], *added: str) -> str:
+    """A command line for launch file `file`: as this process's, with the flags (by name, such as --seed) that `keep` accepts,
+    and `added` at the end. It names this Python, so that it works outside the virtual environment too."""
+    preset, flags = sys.argv[1], list[list[str]]()
+    for argument in sys.argv[2:]:
+        if argument.startswith("--") or not flags:
+            flags.append([])
+        flags[-1].append(argument)
+    kept = [word for flag in flags if keep(flag[0].partition("=")[0].replace("_", "-")) for word in flag]
     ranks = Torchrun.from_environment()
-    start = ["torchrun", "--nproc-per-node", str(ranks.local_world_size)] if ranks.world_size > 1 else ["python"]
-    return shlex.join([*start, *words])
+    start = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks.local_world_size)] if ranks.world_size > 1 else []
+    return shlex.join([sys.executable, *start, str(Path(sys.argv[0]).with_name(file)), preset, *kept, *added])

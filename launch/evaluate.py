@@ -12,6 +12,7 @@ except ImportError as missing:
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,7 +24,6 @@ from strop.engine.data.prompts import load_prompts
 from strop.engine.evaluate.benchmark import Record, summarize
 from strop.engine.parallel.mesh import Mesh
 from strop.engine.reward.rules import Rewards, lenient
-from strop.engine.rollout.engine import RolloutConfig
 from strop.engine.run.failure import FailureReport
 from strop.engine.train.objective import sequence_logprobs
 from strop.launch.assembly import Policy, ask_everyone
@@ -34,6 +34,8 @@ def main() -> None:
     with FailureReport():
         preset, config = parse(EVALUATE_PRESETS, "Evaluate a language model on questions with verified answers.")
         mesh = Mesh.start(config.layout, config.device)
+        if config.report is not None and mesh.rank == 0:
+            make_report_folder(config.report)
         records = evaluate(config, mesh)
         if mesh.rank == 0:
             summary = summarize(records, config.eval)
@@ -49,7 +51,7 @@ def evaluate(config: EvaluateConfig, mesh: Mesh) -> list[Record]:
     prompts = sets.held_out if config.split == "held-out" else sets.train + sets.held_out
     if not prompts:
         raise InputError("--data.held-out-fraction 0 leaves no held-out question: raise it, or ask for --split all")
-    engine = policy.engine(RolloutConfig(), config.data.template, lambda tokens: sequence_logprobs(policy.model, tokens))
+    engine = policy.engine(config.rollout, config.data.template, lambda tokens: sequence_logprobs(policy.model, tokens))
     engine.sync_weights(0)
     with Rewards(lenient(config.reward) if config.lenient else config.reward, seed=config.seed) as rewards:
         rewards.check(prompts)
@@ -63,15 +65,22 @@ def show(preset: str, config: EvaluateConfig, summary: Mapping[str, float]) -> N
     Console().print(table)
 
 
-def write_report(folder: Path, summary: Mapping[str, float], records: Sequence[Record]) -> None:
-    """report.json: the summary; answers.jsonl: a line a question."""
+def make_report_folder(folder: Path) -> None:
+    """Before anything is asked, so that a folder that can't be written costs nothing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
-        lines = [json.dumps(dataclasses.asdict(record), ensure_ascii=False) for record in records]
-        (folder / "answers.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        (folder / "report.json").touch()
     except OSError as error:
         raise InputError(f"--report {folder} can't be written ({error.strerror}): choose another folder") from None
+
+
+def write_report(folder: Path, summary: Mapping[str, float], records: Sequence[Record]) -> None:
+    """report.json: the summary; answers.jsonl: a line a question, with null for an accuracy that no scorer could judge."""
+    (folder / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
+    with (folder / "answers.jsonl").open("w") as file:
+        for record in records:
+            judged = [value if math.isfinite(value) else None for value in record.accuracy]
+            file.write(json.dumps(dataclasses.asdict(record) | {"accuracy": judged}, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

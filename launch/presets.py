@@ -8,7 +8,7 @@ from strop.engine.config import Device, InputError, Layout, Placement, Precision
 from strop.engine.data.prompts import DataConfig
 from strop.engine.evaluate.benchmark import EvalConfig
 from strop.engine.reward.rules import RewardConfig
-from strop.engine.rollout.engine import RolloutConfig
+from strop.engine.rollout.engine import EngineConfig, RolloutConfig
 from strop.engine.run.folder import RunConfig
 from strop.engine.train.step import TrainConfig
 
@@ -40,10 +40,24 @@ class GrpoConfig:
     def __post_init__(self) -> None:
         if self.placement == "split":
             raise InputError("--placement split is not implemented yet: use colocated")
+        check_seed(self.seed)
         if self.eval_every < 0:
             raise InputError(f"--eval-every {self.eval_every}: must be 0 (before and after only) or above")
         if self.rollout.temperature == 0:
             raise InputError("--rollout.temperature 0 gives equal responses, which have no advantage: set it above 0")
+        if self.rollout.top_p < 1 or self.rollout.top_k or self.rollout.min_p:
+            raise InputError(
+                f"--rollout.top-p {self.rollout.top_p} --rollout.top-k {self.rollout.top_k} "
+                f"--rollout.min-p {self.rollout.min_p}: training on truncated samples is not implemented yet: leave 1, 0 and 0"
+            )
+        if self.eval.stop != self.rollout.stop:
+            raise InputError(
+                f"--eval.stop {self.eval.stop} differs from --rollout.stop {self.rollout.stop}: responses would be judged by "
+                "an ending that training doesn't teach; give both the same"
+            )
+        for rule in (self.reward.rule, *self.reward.sources.values()):
+            if "</answer>" in "".join(self.rollout.stop) and (rule.extract == "tag" or rule.format == "think-answer"):
+                raise InputError("--rollout.stop cuts </answer> from the text, where --reward.rule looks for it: drop it there")
         if self.rollout.group_size < 2:
             raise InputError("--rollout.group-size 1 leaves nothing to compare a response with: at least 2")
         samples = self.rollout.prompts_per_step * self.rollout.group_size
@@ -70,7 +84,16 @@ class EvaluateConfig:
     layout: Layout = field(default_factory=Layout)
     data: DataConfig = field(default_factory=DataConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    rollout: EngineConfig = field(default_factory=EngineConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise InputError(f"--seed {seed}: must lie in 0 .. 2^63 - 1")
 
 
 ARITHMETIC = DataConfig(
@@ -84,7 +107,7 @@ GRPO_PRESETS: dict[str, tuple[str, GrpoConfig]] = {
         GrpoConfig(
             model="tiny",
             data=ARITHMETIC,
-            rollout=RolloutConfig(prompts_per_step=4, group_size=4, max_new_tokens=8),
+            rollout=RolloutConfig(prompts_per_step=4, group_size=4, max_new_tokens=8, kv_cache_gib=0.01),
             train=TrainConfig(steps=4, lr=1e-3, warmup_steps=0, microbatch_tokens=1024),
             eval=EvalConfig(max_new_tokens=8),
             run=RunConfig(save_every=2),
@@ -95,7 +118,7 @@ GRPO_PRESETS: dict[str, tuple[str, GrpoConfig]] = {
         GrpoConfig(
             model="smollm2",
             data=ARITHMETIC,
-            rollout=RolloutConfig(prompts_per_step=8, group_size=8, max_new_tokens=16),
+            rollout=RolloutConfig(prompts_per_step=8, group_size=8, max_new_tokens=16, kv_cache_gib=0.25),
             train=TrainConfig(steps=20, lr=1e-5, warmup_steps=2, microbatch_tokens=2048),
             eval=EvalConfig(max_new_tokens=16),
         ),

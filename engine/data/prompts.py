@@ -53,6 +53,14 @@ class PromptSets:
     duplicates: int
     """Lines dropped because an earlier one asks the same question and has the same answer."""
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all questions and answers, in order: a resume needs the very same ones."""
+        turns = [prompt.messages or [{"role": "user", "content": prompt.text}] for prompt in self.train + self.held_out]
+        answers = [prompt.answer for prompt in self.train + self.held_out]
+        content = [[question_key(turn), answer] for turn, answer in zip(turns, answers, strict=True)]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
 
 def load_prompts(config: DataConfig, seed: int) -> PromptSets:
     """All questions, deduplicated and split. Equal on every rank. `seed` decides which questions are drawn from a family.

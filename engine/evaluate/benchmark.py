@@ -34,6 +34,8 @@ class EvalConfig:
     """R1's protocol is 0.95."""
     max_new_tokens: int = 16
     """Token limit of a response."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response, besides the model's end tokens: those of the training that it is compared with."""
     pass_at: tuple[int, ...] = ()
     """The k of each pass@k to report besides pass@1, none above `samples`."""
     questions: int = 0
@@ -55,8 +57,9 @@ class EvalConfig:
     def sampling(self, seed: int) -> Sampling:
         """What the rollout engine is asked for."""
         return Sampling(
-            n=self.samples, temperature=self.temperature, top_p=self.top_p, max_new_tokens=self.max_new_tokens, seed=seed
-        )
+            n=self.samples, temperature=self.temperature, top_p=self.top_p, max_new_tokens=self.max_new_tokens,
+            stop=self.stop, seed=seed,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

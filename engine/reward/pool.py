@@ -14,16 +14,20 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Literal
 
 from .verifiers import Verifier
 
 WORKER_MODULE = "strop.engine.reward.workers"
-START_LIMIT_S = 60.0
-"""For starting an interpreter and importing a verifier's package (measured: 0.1 s and 0.7-1.4 s) on a loaded machine."""
+START_LIMIT_S = 20.0
+"""For a worker to say it is ready (measured: 0.1 s) on a loaded machine."""
+START_TRIES = 3
+"""What kills a starting worker may be the machine, not the worker: the kernel's out-of-memory killer, a person."""
+IMPORT_LIMIT_S = 60.0
+"""For the import of a verifier's package (measured: 0.7-1.4 s) on a loaded machine."""
 MAX_REPLY_BYTES = 65536
 """A longer line is not a worker's reply but a runaway print."""
 
@@ -55,12 +59,21 @@ class WorkerLost(Exception):
 class WorkerPool:
     """At most `workers` processes, started when first needed, replaced when killed.
 
-    limit_s: wall-clock seconds a job may take (start-up and imports don't count). memory_mib: RLIMIT_AS of a worker.
+    limit_s: wall-clock seconds a job may take (a worker's start and imports don't count). memory_mib: RLIMIT_AS of a worker.
     command: how to start one (default: this module under this interpreter); the limits are appended as flags.
+    beat: called after each job, in the thread that runs them: a sign of life while many slow jobs are under way.
     """
 
-    def __init__(self, workers: int, limit_s: float, memory_mib: int, command: Sequence[str] | None = None):
+    def __init__(
+        self,
+        workers: int,
+        limit_s: float,
+        memory_mib: int,
+        command: Sequence[str] | None = None,
+        beat: Callable[[], None] = lambda: None,
+    ):
         self.limit_s = limit_s
+        self._beat = beat
         # -P: the current folder stays off sys.path; a repository root there would shadow packages of the same name.
         program = command or [sys.executable, "-P", "-m", WORKER_MODULE]
         self._command = [*program, f"--limit-s={limit_s}", f"--memory-mib={memory_mib}", f"--parent={os.getpid()}"]
@@ -79,6 +92,9 @@ class WorkerPool:
         """
         futures = [self._threads.submit(self._run, job) for job in jobs]
         try:
+            for future in as_completed(futures):
+                future.result()
+                self._beat()
             return [future.result() for future in futures]
         except BaseException:
             for future in futures:
@@ -116,19 +132,23 @@ class WorkerPool:
         return Outcome("crash", detail=lost)
 
     def _take(self) -> "_Worker":
-        with self._lock:
-            if self._closed:
-                raise RuntimeError("the reward workers were closed")
-            if self._idle:
-                return self._idle.pop()
-            worker = _Worker(self._command)
-            self._alive.add(worker)
-        try:
-            worker.wait_until_ready()
-        except BaseException:
-            self._discard(worker)
-            raise
-        return worker
+        """An idle worker or a new one. RuntimeError if START_TRIES in a row don't start."""
+        lost = None
+        for _ in range(START_TRIES):
+            with self._lock:
+                if self._closed:
+                    raise RuntimeError("the reward workers were closed")
+                if self._idle:
+                    return self._idle.pop()
+                worker = _Worker(self._command)
+                self._alive.add(worker)
+            try:
+                worker.wait_until_ready()
+                return worker
+            except WorkerLost as error:
+                self._discard(worker)
+                lost = error
+        raise RuntimeError(f"{START_TRIES} reward workers in a row did not start: {lost}") from lost
 
     def _discard(self, worker: "_Worker") -> None:
         worker.kill()
@@ -150,29 +170,30 @@ class _Worker:
         os.set_blocking(self._process.stdin.fileno(), False)
         self._unread = b""
         self._jobs = 0
+        self._imported: set[str] = set()
 
     def wait_until_ready(self) -> None:
+        """WorkerLost, with the worker's last words, if it doesn't get there."""
         try:
             self._expect("ready", time.monotonic() + START_LIMIT_S)
         except (TimeoutError, WorkerLost) as error:
             self.kill()
             self._words.seek(0)
             words = self._words.read()[-2000:].decode(errors="replace").strip()
-            raise RuntimeError(f"a reward worker did not start ({error or 'it took too long'}): {words}") from error
+            raise WorkerLost(f"{error or f'not ready after {START_LIMIT_S:g} s'}: {words}") from error
 
     def ask(self, job: Job, limit_s: float) -> Outcome:
         """The job's outcome. TimeoutError at the limit, WorkerLost if the worker is no longer one; it must be killed then."""
         self._jobs += 1
-        start_by = time.monotonic() + START_LIMIT_S
+        imported = job.verifier in self._imported
+        start_by = time.monotonic() + (limit_s if imported else IMPORT_LIMIT_S)
         request = {"id": self._jobs, "verifier": job.verifier, "arguments": dict(job.arguments)}
-        try:
-            self._write(json.dumps(request).encode() + b"\n", start_by)
-            started = self._expect("started", start_by)
-        except TimeoutError as error:
-            raise WorkerLost("the worker took no job") from error
+        self._write(json.dumps(request).encode() + b"\n", start_by)
+        started = self._expect("started", start_by)
         if started["missing"]:
             raise RuntimeError(f"a verifier's package can't be imported: {started['missing']}: pip install 'strop[train]'")
-        reply = self._expect("status", time.monotonic() + limit_s)
+        self._imported.add(job.verifier)
+        reply = self._expect("status", start_by if imported else time.monotonic() + limit_s)
         return Outcome(reply["status"], float(reply["value"]), str(reply["detail"]))
 
     def kill(self) -> None:

@@ -7,7 +7,7 @@ and nothing for anything less: partial credit is known to fail (the policy locks
 import math
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -56,7 +56,7 @@ class RewardConfig:
     kind: Literal["exact", "format"] = "exact"
     """exact: the rule's weighted sum. format: 1 for the rule's form, right answer or not (a control: what brevity earns)."""
     shuffle: bool = False
-    """Permute the true rewards over the samples of the batch, by (seed, step) (a control: no signal is left)."""
+    """Permute the true rewards over the samples of the step on each rank, by (seed, step) (a control: no signal is left)."""
     rule: Rule = Rule()
     """For every data source that `sources` doesn't name."""
     sources: Mapping[str, Rule] = field(default_factory=dict)
@@ -90,12 +90,15 @@ class _Verdict:
 
 
 class Rewards:
-    """Scores groups. Holds worker processes once an answer needed one, so it must be closed (`with` does)."""
+    """Scores groups. Holds worker processes once an answer needed one, so it must be closed (`with` does).
 
-    def __init__(self, config: RewardConfig, *, seed: int = 0):
+    seed: of `shuffle`. beat: called after each answer that a worker judged, the only ones that take long.
+    """
+
+    def __init__(self, config: RewardConfig, *, seed: int = 0, beat: Callable[[], None] = lambda: None):
         self.config = config
         self._seed = seed
-        self._pool = WorkerPool(config.workers, config.limit_s, config.memory_mib)
+        self._pool = WorkerPool(config.workers, config.limit_s, config.memory_mib, beat=beat)
 
     def __enter__(self) -> "Rewards":
         return self

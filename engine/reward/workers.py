@@ -5,22 +5,24 @@
 JSON lines: {"id": 0, "ready": true} once; then for each job {"id", "verifier", "arguments"} on stdin a line "started" (its
 packages are imported, the clock runs) and a line with status, value and detail. Memory is limited by RLIMIT_AS. Time is
 the pool's to limit; should the pool be gone, an interval timer whose default action is death does. The worker leaves
-on its own when its stdin closes or its parent changes. An audit hook refuses files, sub-processes and sockets while an
-answer is scored, since some reasoning-gym scorers call `eval` on it: a guard against accidents, not a sandbox.
+when its stdin closes, and on Linux the kernel kills it with the thread that started it. An audit hook refuses files,
+sub-processes and sockets while an answer is scored, since some reasoning-gym scorers call `eval` on it: a guard
+against accidents, not a sandbox.
 
 Imports neither torch nor transformers, so a start takes 0.1 s.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import resource
-import select
 import signal
 import sys
 
 from strop.engine.reward import verifiers
 
+PR_SET_PDEATHSIG = 1
 FORBIDDEN_EVENTS = ("os.", "subprocess.", "socket.", "shutil.", "ctypes.dlopen", "fcntl.", "sqlite3.", "webbrowser.")
 ALLOWED_EVENTS = ("os.listdir", "os.scandir", "os.walk", "os.fwalk")
 """Reading is left alone: packages load their data lazily."""
@@ -28,7 +30,8 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 def serve(limit_s: float, memory_mib: int, parent: int) -> None:
-    """Answer jobs until stdin closes or the parent is no longer process `parent`."""
+    """Answer jobs until stdin closes. `parent` is the process that must be alive."""
+    _die_with(parent)
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w")
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1):  # a library that prints must not reach the pipe
@@ -45,13 +48,7 @@ def serve(limit_s: float, memory_mib: int, parent: int) -> None:
 
     say(id=0, ready=True)
     os.dup2(nowhere, 2)
-    while True:
-        while not select.select([requests], [], [], 1.0)[0]:
-            if os.getppid() != parent:
-                return
-        line = requests.readline()
-        if not line:
-            return
+    for line in requests:
         job = json.loads(line)
         try:
             verify = verifiers.load(job["verifier"])
@@ -72,6 +69,14 @@ def serve(limit_s: float, memory_mib: int, parent: int) -> None:
         say(id=job["id"], status=status, value=value, detail=detail)
         if status == "crash":  # what survived the MemoryError may be broken
             return
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel send SIGKILL when the parent's thread ends: it reaches a worker that is stopped or stuck in an import."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the call
+        sys.exit()
 
 
 class _Guard:

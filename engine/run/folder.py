@@ -25,7 +25,7 @@ class RunConfig:
     dir: Path | None = None
     """The run folder. Unset: runs/<preset>-<date-time> below the current folder."""
     resume: bool = False
-    """Go on from the newest checkpoint in --run.dir."""
+    """Go on from the newest checkpoint in --run.dir; a run that ended before its first save begins again there."""
     stop_at: int | None = None
     """Stop after this step, as if interrupted: with a save. Unset: run to the end of the schedule (--train.steps)."""
     save_every: int = 10
@@ -64,7 +64,7 @@ class RunFolder:
 
         settings: the launch file's config dataclass, written to config.json. share: returns rank 0's argument on every
         rank; rank 0 alone touches the file system. Raises InputError on every rank for a folder in use, a used one
-        without --run.resume, nothing to resume, and settings other than the recorded ones.
+        without --run.resume, a resume where no run was started, and settings other than the recorded ones.
         """
         recorded = settings_as_json(settings)
         if rank == 0:
@@ -133,7 +133,7 @@ def _claim(run: RunConfig, recorded: dict[str, Any], preset: str) -> tuple[Path,
     if held and "config.json" not in held:
         raise InputError(f"--run.dir {path} is not empty (it holds {held[0]}) and is no run: choose another folder")
     lock = _lock(path)  # from here on no other process decides about this folder
-    if (path / "config.json").exists():
+    if saved_steps(path / "checkpoints") or (path / "metrics.jsonl").exists():  # what never began may begin again, mended
         raise InputError(f"--run.dir {path} already holds a run: add --run.resume to go on with it, or choose another folder")
     _write_config(path, recorded)
     return path, lock
@@ -156,11 +156,18 @@ def _resume(path: Path, recorded: dict[str, Any]) -> tuple[Path, TextIO]:
     except ValueError as error:
         raise InputError(f"--run.resume: {config} is not JSON ({error}): restore it, or start a new run") from None
     _refuse_changes(_flatten(before), _flatten(recorded), config)
-    if not saved_steps(path / "checkpoints"):
+    logged = _last_logged_step(path / "metrics.jsonl")
+    if not saved_steps(path / "checkpoints") and ((path / "model").exists() or logged >= 2 * before["run"]["save_every"]):
         raise InputError(
-            f"--run.resume: no step-N in {path / 'checkpoints'}, the run ended before its first save: start it anew elsewhere"
+            f"--run.resume: {path} holds a log of {logged} steps but no checkpoint: its checkpoints were removed; "
+            "restore them, or start a new run in another folder"
         )
     return path, lock
+
+
+def _last_logged_step(metrics: Path) -> int:
+    """Number of complete lines after that of step 0; 0 without a file."""
+    return max(metrics.read_bytes().count(b"\n") - 1, 0) if metrics.is_file() else 0
 
 
 def _refuse_changes(before: dict[str, Any], now: dict[str, Any], config: Path) -> None:

@@ -23,7 +23,9 @@ ACCURACY = "eval/pass@1"
 LENGTH = "response/length"
 """Mean response length in tokens."""
 KL = "kl/ref"
-"""Nats a token; KL to the reference where there is one, otherwise to the policy before the update."""
+"""Nats a token, to the reference policy; only where the loss has a KL term."""
+KL_OLD = "kl/old"
+"""Nats a token, to the policy before the step's first update: what stands in KL's place without a KL term."""
 ENTROPY = "entropy"
 """Nats a token."""
 TOKENS_PER_SECOND = "time/tokens_per_second"
@@ -127,7 +129,8 @@ class SampleLog:
                 record = {
                     "step": step, "prompt_id": group.prompt.id, "source": group.prompt.source, "sample_id": sample.id,
                     "question": question_text(group.prompt), "answer": group.prompt.answer, "response": sample.text,
-                    "score": score.value, "parts": dict(score.parts), "why": score.why,
+                    "score": _judged(score.value), "parts": {part: _judged(v) for part, v in score.parts.items()},
+                    "why": score.why,
                     "finish_reason": sample.finish_reason, "length": len(sample),
                 }  # fmt: skip
                 if group.advantages:
@@ -141,6 +144,11 @@ class SampleLog:
     def close(self) -> None:
         if self._lines is not None:
             self._lines.close()
+
+
+def _judged(value: float) -> float | None:
+    """None for what no scorer could judge (NaN), which JSON can't express."""
+    return value if math.isfinite(value) else None
 
 
 def question_text(prompt: Prompt) -> str:

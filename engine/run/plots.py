@@ -40,7 +40,10 @@ PANELS = (
         smooth=False, bounds=(0, 1),
     ),
     Panel("length", "Response length", "mean length (tokens)", {metrics.LENGTH: "length"}, bounds=(0, None)),
-    Panel("kl", "KL divergence", "mean KL (nats a token)", {metrics.KL: "KL"}),
+    Panel(
+        "kl", "KL divergence", "mean KL (nats a token)",
+        {metrics.KL: "to the reference", metrics.KL_OLD: "to the policy before the step"},
+    ),
     Panel("entropy", "Policy entropy", "mean entropy (nats a token)", {metrics.ENTROPY: "entropy"}, bounds=(0, None)),
     Panel(
         "throughput", "Throughput", "response tokens a second, all ranks", {metrics.TOKENS_PER_SECOND: "throughput"},

@@ -17,14 +17,14 @@ from . import metrics
 from .watchdog import Watchdog
 
 COLUMNS = (
-    ("reward", metrics.REWARD, "{:.3f}"),
-    ("accuracy", metrics.ACCURACY, "{:.3f}"),
-    ("length", metrics.LENGTH, "{:.1f}"),
-    ("KL", metrics.KL, "{:.2e}"),
-    ("entropy", metrics.ENTROPY, "{:.3f}"),
-    ("tok/s", metrics.TOKENS_PER_SECOND, "{:.0f}"),
+    ("reward", (metrics.REWARD,), "{:.3f}"),
+    ("accuracy", (metrics.ACCURACY,), "{:.3f}"),
+    ("length", (metrics.LENGTH,), "{:.1f}"),
+    ("KL", (metrics.KL, metrics.KL_OLD), "{:.2e}"),
+    ("entropy", (metrics.ENTROPY,), "{:.3f}"),
+    ("tok/s", (metrics.TOKENS_PER_SECOND,), "{:.0f}"),
 )
-"""What a line shows: label, key in the step's values, format."""
+"""What a line shows: label, keys (the first that the step's values have), format."""
 WIDTH = 9
 HEADER_EVERY = 20
 
@@ -106,7 +106,11 @@ class RunProgress:
         if self._lines % HEADER_EVERY == 0:
             self.console.print("step".rjust(6) + "".join(label.rjust(WIDTH + 1) for label, _, _ in COLUMNS) + "  seconds")
         self._lines += 1
-        cells = {label: form.format(values[key]) for label, key, form in COLUMNS if key in values}
+        cells = {
+            label: form.format(values[found])
+            for label, keys, form in COLUMNS
+            if (found := next((key for key in keys if key in values), None)) is not None
+        }
         phases = ", ".join(f"{key.removeprefix('time/')} {seconds:.1f}" for key, seconds in self._taken.items())
         line = "".join(cells.get(label, "").rjust(WIDTH + 1) for label, _, _ in COLUMNS)
         self.console.print(f"{step:>6}{line}  {phases}", soft_wrap=True)
@@ -143,8 +147,10 @@ class Summary:
         table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
-        if self.accuracy_before is not None and self.accuracy_after is not None:
-            table.add_row("held-out accuracy", f"{self.accuracy_before:.3f} before, {self.accuracy_after:.3f} after")
+        measured = {"before": self.accuracy_before, "after": self.accuracy_after}
+        shown = ", ".join(f"{value:.3f} {when}" for when, value in measured.items() if value is not None)
+        if shown:
+            table.add_row("held-out accuracy", shown)
         if self.best is not None:
             table.add_row("best", f"{self.best[0]:.3f} after step {self.best[1]}")
         minutes, seconds = divmod(round(self.seconds), 60)

@@ -85,9 +85,9 @@ class Checkpoints:
     def poll(self) -> dict[str, float]:
         """Call it every step: raises what a save in the background raised, as soon as it did.
 
-        Once after each save it returns, on rank 0, time/save (seconds from its start to its end), time/save_copy (seconds of
-        these in which training stood still) and mem/checkpoint_gib. Raises InputError when there is no space left or the
-        folder can't be written; older checkpoints are unharmed.
+        Once after each save it returns, on rank 0, time/save_background (seconds from its start to its end), time/save_copy
+        (seconds of these in which training stood still) and mem/checkpoint_gib. Raises InputError when there is no space left
+        or the folder can't be written; older checkpoints are unharmed.
         """
         return self.finish() if self._writer is not None and self._saved.done() else {}
 
@@ -105,7 +105,7 @@ class Checkpoints:
         if self._rank != 0:
             return {}
         gib = writer.total_bytes / GIB
-        return {"time/save": writer.seconds, "time/save_copy": self._copy_seconds, "mem/checkpoint_gib": gib}
+        return {"time/save_background": writer.seconds, "time/save_copy": self._copy_seconds, "mem/checkpoint_gib": gib}
 
     def load(self, step: int, tensors: NestedTensors) -> dict[str, Any]:
         """Overwrite `tensors`, in place and bit for bit, with those of step-<step>; returns the state stored with them.

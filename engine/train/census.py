@@ -26,6 +26,8 @@ class Record(NamedTuple):
     sample_id: int
     group_id: int
     """Id of the group's first sample."""
+    source: str
+    """The prompt's data source."""
     sequence_length: int
     """Tokens of prompt and response."""
     response_length: int
@@ -97,7 +99,11 @@ class Census:
         return max((record.sequence_length for record in self.records), default=0)
 
     def metrics(self) -> dict[str, float]:
-        """Statistics of the responses, and the mean of each part of the reward over the samples that have it."""
+        """Statistics of the responses, and the mean of each part of the reward over the samples that have it as reward/<part>.
+
+        Where the step has more than one data source, also reward/<source>/mean and reward/<source>/<part>. Values that aren't
+        finite are left out, and so is a mean over nothing.
+        """
         if not self.records:
             return {}
         metrics = {
@@ -105,12 +111,24 @@ class Census:
             "response/finished": sum(record.finished for record in self.records) / len(self.records),
             "tokens/response": float(sum(record.response_length for record in self.records)),
         }
-        for part in sorted({name for record in self.records for name in record.parts}):
-            values = [record.parts[part] for record in self.records if part in record.parts]
-            finite = [value for value in values if math.isfinite(value)]
-            if finite:
-                metrics[f"reward/{part}"] = math.fsum(finite) / len(finite)
+        metrics |= _means("reward", [record.parts for record in self.records])
+        by_source: dict[str, list[Mapping[str, float]]] = {}
+        for record in self.records:
+            by_source.setdefault(record.source, []).append({"mean": record.reward, **record.parts})
+        if len(by_source) > 1:
+            for source, rows in sorted(by_source.items()):
+                metrics |= _means(f"reward/{source}", rows)
         return metrics
+
+
+def _means(prefix: str, rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each column over the rows that have a finite value in it."""
+    columns: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if math.isfinite(value):
+                columns.setdefault(name, []).append(value)
+    return {f"{prefix}/{name}": math.fsum(values) / len(values) for name, values in sorted(columns.items())}
 
 
 def _records(group: Group) -> list[Record]:
@@ -121,6 +139,7 @@ def _records(group: Group) -> list[Record]:
         Record(
             sample_id=sample.id,
             group_id=group.samples[0].id,
+            source=group.prompt.source,
             sequence_length=len(group.prompt_tokens) + len(sample),
             response_length=len(sample),
             trainable_tokens=sum(len(span.tokens) for span in sample.spans if span.trainable),

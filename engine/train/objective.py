@@ -24,6 +24,16 @@ def batch_logprobs(model: Transformer, batch: PackedBatch, max_seqlen: int) -> L
     return linear_logprob(hidden_TH, weight_VH, batch.targets, temperature=batch.temperature, main_grad=main_grad)
 
 
+@torch.no_grad()
+def sequence_logprobs(model: Transformer, tokens: Tensor) -> Tensor:
+    """Log-probs of tokens[1:] given what precedes them, at temperature 1. int64 [T], T >= 2 -> fp32 [T - 1].
+
+    This rank alone, no collective: the trainer's side of the proof that rollouts use its weights.
+    """
+    hidden_TH = model(tokens, ForwardContext.one_sequence(len(tokens), tokens.device))
+    return linear_logprob(hidden_TH[:-1], model.lm_head_weight, tokens[1:]).logprob
+
+
 def objective(model: Transformer, batch: PackedBatch, spec: LossSpec, denominator: float, max_seqlen: int) -> PolicyLoss:
     """(this micro-batch's share of the mini-batch's loss, metrics). A batch of padding only gives exactly 0 and no gradient.
 

@@ -10,7 +10,7 @@ Parameters stay where they are in memory for ever: a rollout engine may alias th
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,37 +185,12 @@ class DistributedAdamW:
             "master": {slot.name: self._global(slot, slot.master) for slot in separate},
         }
 
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state of the same parameters, from any number of ranks, as `state_dict` gives it or as plain full
-        tensors. Tensors of this optimizer's own `state_dict`, filled in place by a checkpoint, are left where they are.
-
-        Raises KeyError where a parameter is missing and ValueError where one is unknown or its shape differs.
-        """
-        for field, own_tensors in self.state_dict().items():
-            if field == "steps":
-                self._steps.copy_(state["steps"])
-                continue
-            if unknown := state[field].keys() - own_tensors.keys():
-                raise ValueError(f"optimizer state {field} has tensors of unknown parameters {sorted(unknown)}")
-            for name, own in own_tensors.items():
-                self._copy(own, state[field][name], f"{field} of {name}")
-
     def _global(self, slot: _Slot, own: Tensor) -> Tensor:
         """The own rows of a parameter-shaped tensor as the whole tensor."""
         if self._zero_mesh is None:
             return own
         shape, stride = slot.parameter.shape, slot.parameter.stride()
         return DTensor.from_local(own, self._zero_mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
-
-    def _copy(self, own: Tensor, value: Tensor, what: str) -> None:
-        """`value`, a DTensor cut like `own` or a plain full tensor, into `own`."""
-        if own.shape != value.shape:
-            raise ValueError(f"optimizer state {what} has shape {tuple(value.shape)}, expected {tuple(own.shape)}")
-        target = own.to_local() if isinstance(own, DTensor) else own
-        source = value.to_local() if isinstance(value, DTensor) else value[own_rows(len(value), self._axis)]
-        if source.data_ptr() != target.data_ptr():
-            target.copy_(source)
 
 
 def _move_into_main_grad(parameter: nn.Parameter) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,12 +15,10 @@ from ...kernels import (
     PolicyLoss,
     combine_metrics,
     denominator_kind,
-    linear_logprob,
     summarize_metrics,
 )
 from ..batch import Group
 from ..config import InputError
-from ..model.context import ForwardContext
 from ..model.transformer import Recompute, Transformer
 from ..model.weights import bit_sum
 from ..parallel.collectives import all_gather_objects, all_gather_rows
@@ -28,7 +26,7 @@ from ..parallel.mesh import Mesh
 from .census import Census
 from .microbatches import MicroBatch, microbatches
 from .nonfinite import raise_nonfinite
-from .objective import batch_logprobs, named_metrics, objective
+from .objective import batch_logprobs, named_metrics, objective, sequence_logprobs
 from .optimizer import AdamConfig, DistributedAdamW
 from .packing import Example, require_fitting
 from .schedule import LrSchedule, check_schedule, learning_rate
@@ -92,7 +90,8 @@ class Trainer:
     """Trains `model` in place, on every rank of `mesh` together.
 
     reference: the policy that the KL term stays close to; None copies the model as it is now (only where
-    config.loss.kl_coef is above 0). All data-parallel ranks must pass equal models: a RuntimeError otherwise.
+    config.loss.kl_coef is above 0). A reference that never changes is not part of the state: a resume makes the trainer from
+    the first model again, then loads. All data-parallel ranks must pass equal models: a RuntimeError otherwise.
     """
 
     def __init__(self, model: Transformer, mesh: Mesh, config: TrainConfig, reference: Transformer | None = None) -> None:
@@ -112,8 +111,8 @@ class Trainer:
             self._parameters.items(), mesh, config.adam, clip_grad_norm=config.clip_grad_norm or None
         )
 
-    def train_on(self, groups: Sequence[Group], step: int, seed: int) -> dict[str, float]:
-        """Train on one rollout and return its metrics, the same on every rank. Collective.
+    def train_on(self, groups: Sequence[Group], step: int, seed: int) -> tuple[list[Group], dict[str, float]]:
+        """Train on one rollout; returns (the groups with their advantages, metrics: the same on every rank). Collective.
 
         groups: this rank's, scored and whole; a rank may have none. step: 1 .. config.steps. seed: with the step, it keys
         the permutation of all ranks' samples that config.minibatches divides.
@@ -147,7 +146,7 @@ class Trainer:
         metrics |= census.metrics() | {"lr": lr}
         if updates:
             metrics |= {"grad_norm": math.fsum(norms) / len(norms)} | named_metrics(combine_metrics(updates), len(updates))
-        return metrics
+        return [replace(group, advantages=tuple(advantages[one.id] for one in group.samples)) for group in groups], metrics
 
     @torch.no_grad()
     def _add_logprobs(self, minibatches: list[list[MicroBatch]]) -> list[list[MicroBatch]]:
@@ -192,15 +191,9 @@ class Trainer:
         for name, parameter in self.reference.named_parameters():
             parameter.copy_(self._parameters[name])
 
-    @torch.no_grad()
     def token_logprobs(self, tokens: Tensor) -> Tensor:
-        """Log-probs of tokens[1:] given what precedes them, at temperature 1. int64 [T], T >= 2 -> fp32 [T - 1].
-
-        This rank alone, no collective: the trainer's side of the proof that rollouts use its weights.
-        """
-        tokens = tokens.to(self.mesh.device)
-        hidden_TH = self.model(tokens, ForwardContext.one_sequence(len(tokens), tokens.device))
-        return linear_logprob(hidden_TH[:-1], self.model.lm_head_weight, tokens[1:]).logprob
+        """`sequence_logprobs` of the policy as it is now: int64 [T] -> fp32 [T - 1]. This rank alone, no collective."""
+        return sequence_logprobs(self.model, tokens.to(self.mesh.device))
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resume needs besides the step number: tensors by reference, nested by canonical names.
@@ -216,20 +209,3 @@ class Trainer:
         if self.config.kl_refresh_steps:
             state["reference"] = {name: parameter.detach() for name, parameter in self.reference.named_parameters()}
         return state
-
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state that a trainer of the same config and model gave, here or on any number of ranks.
-
-        Raises KeyError where a part or tensor is missing and ValueError where one is unknown or its shape differs.
-        """
-        own = self.state_dict()
-        for part in own.keys() - {"optimizer"}:
-            if unknown := state[part].keys() - own[part].keys():
-                raise ValueError(f"{part} has unknown tensors {sorted(unknown)}")
-            for name, tensor in own[part].items():
-                value = state[part][name]
-                if value.shape != tensor.shape:
-                    raise ValueError(f"{part} {name} has shape {tuple(value.shape)}, expected {tuple(tensor.shape)}")
-                tensor.copy_(value)
-        self.optimizer.load_state_dict(state["optimizer"])

@@ -49,11 +49,13 @@ def is_saving(folder: Path) -> bool:
 
 
 def kill_a_rank(launcher, folder: Path, seed: int) -> bool:
-    """Start a run and kill -9 one rank after its first checkpoint, at a moment that the seed decides. Whether it was saving."""
+    """Start a run and kill -9 one rank at a moment that the seed decides: an odd seed's inside a save, an even seed's some time
+    after a step's line was written, perhaps before anything was saved. Whether it was saving."""
     chance = random.Random(seed)
     run = launcher.start("grpo.py", "tiny", *FLAGS, "--run.dir", folder, ranks=2)
-    after = chance.randrange(1, STEPS - 1)
-    run.wait_until(lambda: (folder / "checkpoints" / f"step-{after}").exists(), timeout=90)
+    after = chance.randrange(0, STEPS - 2)
+    metrics = folder / "metrics.jsonl"
+    run.wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > after, timeout=90)
     victim = run.ranks()[chance.randrange(2)]
     if seed % 2:
         run.wait_until(lambda: is_saving(folder), timeout=30)

@@ -53,7 +53,7 @@ def train(mesh, make_policy, make_rollout, settings, shuffle=None):
     reference = make_policy(seed=1) if config.loss.kl_coef else None
     trainer = Trainer(model, mesh, config, reference)
     metrics = [
-        trainer.train_on(share(make_rollout(step), mesh.rank, mesh.world_size, shuffle), step, seed=7)
+        trainer.train_on(share(make_rollout(step), mesh.rank, mesh.world_size, shuffle), step, seed=7)[1]
         for step in range(1, STEPS + 1)
     ]
     return metrics, {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

@@ -195,7 +195,7 @@ def test_refused_settings(wrong, complaint):
 PROMPTS = [Prompt(str(number), "s", text=str(number)) for number in range(7)]
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 10), max_size=12), st.integers(0, 3), st.integers(0, 60))
 def test_a_stream_resumes_from_its_cursor_however_it_was_taken(sizes, seed, cursor):
     whole = PromptStream(PROMPTS, seed).take(sum(sizes) + cursor)

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strop.engine.batch import Group, Prompt, Sample, Score, Span
@@ -15,6 +15,7 @@ from strop.engine.evaluate.benchmark import EvalConfig, ask, evaluate, summarize
 from strop.engine.evaluate.passk import cons_at_k, pass_at_k
 
 
+@settings(deadline=None)
 @given(st.integers(1, 60).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(case):
     n, c, k = case

@@ -56,9 +56,11 @@ def test_packed_fields_do_not_depend_on_the_order_of_the_samples(sizes, random):
                 continue
             sample_id, prompt = int(batch.tokens[start]) // 1000, sizes[int(batch.tokens[start]) // 1000][0]
             seen.append(sample_id)
-            assert batch.tokens[start:end].tolist() == [sample_id * 1000 + position for position in range(sum(sizes[sample_id]))]
+            expected = [sample_id * 1000 + position for position in range(sum(sizes[sample_id]))]
+            assert batch.tokens[start:end].tolist() == expected
             assert batch.positions[start:end].tolist() == list(range(end - start))
-            assert batch.mask[start:end].tolist() == [prompt - 1 <= position < end - start - 1 for position in range(end - start)]
+            trained = [prompt - 1 <= position < end - start - 1 for position in range(end - start)]
+            assert batch.mask[start:end].tolist() == trained
             assert (batch.seq_index[start:end] == index).all()
         predicted = batch.mask.nonzero().squeeze(1)
         assert torch.equal(batch.targets[predicted], batch.tokens[predicted + 1])

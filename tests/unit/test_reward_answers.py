@@ -4,7 +4,7 @@ import time
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strop.engine.reward.answers import (
@@ -19,11 +19,14 @@ from strop.engine.reward.answers import (
     parse_number,
 )
 
+patient = settings(deadline=None)
+"""On a busy machine one example may take any time."""
 prose = st.text(alphabet="abc XYZ.,:=()\n$*", max_size=30)
 brace_free = st.text(alphabet="abc0123^_+ \\,", max_size=8).filter(lambda text: not text.endswith("\\"))
 balanced = st.recursive(brace_free, lambda inner: st.lists(inner, max_size=3).map(lambda parts: "{" + "}{".join(parts) + "}"))
 
 
+@patient
 @given(prose, balanced, prose)
 def test_last_box_is_found_whatever_its_nesting(before, content, after):
     assert last_boxed(f"\\boxed{{wrong}} {before}\\boxed{{{content}}}{after}") == content.strip()
@@ -37,6 +40,7 @@ def test_box_edge_cases():
     assert extract(r"\boxed{ }", "box") is None
 
 
+@patient
 @given(st.text(alphabet="abc<>/ answer", max_size=30), st.text(alphabet="abc 123", max_size=10))
 def test_last_complete_tag_is_found(before, content):
     assert last_tag(f"<answer>old</answer>{before}<answer>{content}</answer> end <answer>cut off") == content.strip()
@@ -79,6 +83,7 @@ def test_last_number(text, number):
     assert last_number(text) == number
 
 
+@patient
 @given(st.integers(), prose.filter(lambda text: not any(c in text for c in "0123456789")))
 def test_last_number_reads_back_any_integer(value, tail):
     for written in (str(value), f"{value:,}"):
@@ -87,6 +92,7 @@ def test_last_number_reads_back_any_integer(value, tail):
         assert parse_number(found) == value
 
 
+@patient
 @given(st.fractions())
 def test_every_fraction_parses_exactly(value):
     assert parse_number(f"{value.numerator}/{value.denominator}") == value
@@ -94,11 +100,13 @@ def test_every_fraction_parses_exactly(value):
     assert parse_number(f"{sign}\\frac{{{abs(value.numerator)}}}{{{value.denominator}}}") == value
 
 
+@patient
 @given(st.decimals(allow_nan=False, allow_infinity=False, min_value=-(10**20), max_value=10**20, places=6))
 def test_every_decimal_parses_exactly(value):
     assert parse_number(f"{value:f}") == Fraction(value)
 
 
+@patient
 @given(st.text())
 def test_no_text_makes_the_parsers_raise(text):
     for how in ("last-number", "box", "tag", "text"):
@@ -108,6 +116,7 @@ def test_no_text_makes_the_parsers_raise(text):
     assert equivalent("7", text) in (True, False, None)
 
 
+@patient
 @given(st.text(alphabet="0123456789.,/-+$ eE{}\\frac", max_size=25))
 def test_a_text_that_ends_with_a_number_has_a_last_one(text):
     if ends_with_number(text):
@@ -185,8 +194,8 @@ def test_votes_count_equal_answers_together():
 def test_extraction_is_linear_in_the_text():
     hostile = ["1,000" * 30000, "9" * 200000, "a.1" * 50000, "\\boxed{" * 20000, "\\boxed" * 30000, "\\frac{1" * 30000,
                "-" * 100000, "<answer>" * 30000, "</answer>" * 30000, "{" * 200000]  # fmt: skip
-    start = time.perf_counter()
+    start = time.process_time()
     for text in hostile:
         for how in ("last-number", "box", "tag"):
             extract(text, how)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5

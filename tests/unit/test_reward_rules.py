@@ -9,7 +9,6 @@ import tyro
 
 from strop.engine.batch import Group, Prompt, Sample, Span
 from strop.engine.config import InputError
-from strop.engine.reward.metrics import reward_metrics
 from strop.engine.reward.pool import Outcome, WorkerPool
 from strop.engine.reward.rules import RewardConfig, Rewards, Rule, lenient
 
@@ -119,24 +118,27 @@ def test_a_scorer_that_returns_nan_is_excluded_and_counted(monkeypatch):
     got = scores(RewardConfig(rule=rule), group("x^2", "y", answer="x*x"), group("7"))
     assert math.isnan(got[0].value)
     assert math.isnan(got[0].parts["accuracy"])
-    metrics = reward_metrics([("sums", score) for score in got])
-    assert metrics["reward/nan"] == pytest.approx(2 / 3)
-    assert metrics["reward/mean"] == 1.5
-    assert metrics["reward/accuracy"] == 1.0
-    assert metrics["reward/format"] == 1.0
+    assert [score.parts["format"] for score in got] == [1, 1, 1]
+    assert (got[2].value, got[2].parts["accuracy"]) == (1.5, 1)
 
 
-def test_metrics_are_means_over_all_and_by_source(monkeypatch):
-    crash = [Outcome("crash"), Outcome("error"), Outcome("timeout"), Outcome("ok", 1.0)]
-    monkeypatch.setattr(WorkerPool, "run", lambda pool, jobs: crash[: len(jobs)])
+def test_each_failure_of_a_worker_earns_nothing_and_is_a_part_of_its_own(monkeypatch):
+    outcomes = [Outcome("crash"), Outcome("error"), Outcome("timeout"), Outcome("ok", 1.0)]
+    monkeypatch.setattr(WorkerPool, "run", lambda pool, jobs: outcomes[: len(jobs)])
     config = RewardConfig(sources={"roots": Rule(extract="text")})
-    groups = [group("7", "8"), group("a+b", "c+d", "e+f", "g+h", answer="x", source="roots")]
-    with Rewards(config) as rewards:
-        metrics = reward_metrics((g.prompt.source, score) for g in rewards.score(groups) for score in g.scores)
-    assert metrics["reward/mean"] == pytest.approx(2 / 6)
-    assert metrics["reward/sums/accuracy"] == 0.5
-    assert [metrics[f"reward/roots/{part}"] for part in ("mean", "crash", "error", "timeout", "nan")] == [0.25] * 4 + [0.0]
-    assert reward_metrics([]) == {}
+    got = scores(config, group("7", "8"), group("a+b", "c+d", "e+f", "g+h", answer="x", source="roots"))
+    assert [score.value for score in got] == [1, 0, 0, 0, 0, 1]
+    troubles = [[name for name in ("crash", "error", "timeout") if score.parts[name]] for score in got]
+    assert troubles == [[], [], ["crash"], ["error"], ["timeout"], []]
+
+
+def test_every_answer_that_a_worker_judges_is_a_sign_of_life():
+    beats = []
+    with Rewards(RewardConfig(rule=Rule(extract="box")), beat=lambda: beats.append(1)) as rewards:
+        rewards.check([bad("\\frac{\\pi}{2}"), bad("7")])
+        assert len(beats) == 1
+        rewards.score([group("\\boxed{x}", "\\boxed{2y}", "\\boxed{x}", "none", answer="y+y")])
+        assert len(beats) == 1 + 2, "equal answers are asked once"
 
 
 def test_reasoning_gym_items_are_judged_by_their_own_scorer(monkeypatch):

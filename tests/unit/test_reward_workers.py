@@ -22,8 +22,6 @@ say(id=0, ready=True)
 for line in sys.stdin:
     job = json.loads(line)
     deed, where = job["arguments"]["gold"], job["arguments"]["answer"]
-    if deed == "hang before":
-        time.sleep(1000)
     say(id=job["id"], started=True, missing="no such package" if deed == "missing" else "")
     if deed == "missing":
         continue
@@ -34,6 +32,8 @@ for line in sys.stdin:
         with open(where, "w") as file:
             file.write(str(subprocess.Popen(["sleep", "1000"]).pid))
         time.sleep(1000)
+    if deed == "slow":
+        time.sleep(float(where))
     if deed == "garbage":
         print("Segmentation fault (not really)", flush=True)
     if deed == "flood":
@@ -51,8 +51,8 @@ def fake(tmp_path):
     script.write_text(FAKE_WORKER)
     pools = []
 
-    def start(workers=2, limit_s=1.0):
-        pools.append(WorkerPool(workers, limit_s, 1024, command=[sys.executable, "-S", str(script)]))
+    def start(workers=2, limit_s=1.0, **options):
+        pools.append(WorkerPool(workers, limit_s, 1024, command=[sys.executable, "-S", str(script)], **options))
         return pools[-1]
 
     yield start
@@ -101,15 +101,24 @@ def test_outcomes_keep_the_order_of_the_jobs(fake):
     assert [outcome.value for outcome in outcomes] == list(range(50))
 
 
+def test_a_long_run_beats_after_each_job_and_not_only_at_the_end(fake):
+    beats = []
+    pool = fake(workers=2, limit_s=20, beat=lambda: beats.append(time.monotonic()))
+    outcomes = pool.run([job("slow", 0.5)] * 6)
+    assert [outcome.status for outcome in outcomes] == ["ok"] * 6
+    assert len(beats) == 6
+    assert time.monotonic() - beats[0] > 0.8, "three rounds of 0.5 s: the first beat comes two before the end"
+
+
 def test_hung_workers_are_killed_with_their_children_and_never_block_longer(fake, tmp_path):
-    pool = fake(workers=2, limit_s=0.5)
+    pool = fake(workers=2, limit_s=1.0)
     start = time.monotonic()
     outcomes = pool.run([job("hang with child", tmp_path / f"{number}") for number in range(4)] + [job("fine")])
-    assert time.monotonic() - start < 0.5 * 3 + 2.0, "limit * ceil(5 / 2) and a few starts of 0.05 s"
+    assert time.monotonic() - start < 1.0 * 3 + 15, "limit * ceil(5 / 2), and starts of 0.05 s on an idle machine"
     assert [outcome.status for outcome in outcomes] == ["timeout"] * 4 + ["ok"]
     assert all(outcome.value == 0.0 for outcome in outcomes[:4])
     for number in range(4):
-        assert gone_within(int((tmp_path / f"{number}").read_text()), 2), "the grandchild survived"
+        assert gone_within(int((tmp_path / f"{number}").read_text()), 10), "the grandchild survived"
 
 
 def test_a_dead_worker_is_replaced_and_its_job_tried_once_more(fake, tmp_path):
@@ -129,9 +138,14 @@ def test_a_job_larger_than_a_pipe_arrives_whole(fake):
     assert fake(limit_s=10).run([job("fine", "x" * (20 * MAX_REPLY_BYTES))])[0].status == "ok"
 
 
-def test_what_no_worker_can_do_is_an_error_not_a_score(fake):
+def test_what_no_worker_can_do_is_an_error_not_a_score(fake, tmp_path):
     with pytest.raises(RuntimeError, match=r"no such package.*strop\[train\]"):
         fake().run([job("missing")])
+    dies_at_first = "import os, sys; flag = sys.argv[1]; os.path.exists(flag) or (open(flag, 'w'), os.kill(os.getpid(), 9));"
+    command = [sys.executable, "-c", dies_at_first + f"exec({FAKE_WORKER!r})", str(tmp_path / "flag")]
+    unlucky = WorkerPool(1, 1.0, 1024, command=command)
+    assert unlucky.run([job("fine")])[0].status == "ok", "what kills a starting worker may be the machine"
+    unlucky.close()
     broken = WorkerPool(1, 1.0, 1024, command=[sys.executable, "-c", "import sys; sys.exit('boom 42')"])
     with pytest.raises(RuntimeError, match="boom 42"):
         broken.run([job("fine")])
@@ -155,7 +169,7 @@ def test_close_ends_every_worker_even_a_busy_one(fake):
     time.sleep(0.3)
     assert children() - before
     pool.close()
-    thread.join(5)
+    thread.join(20)
     assert not thread.is_alive()
     assert failures, "a closed pool must say so, not score"
     assert children() == before
@@ -167,19 +181,29 @@ def test_expressions_without_end_time_out_and_the_others_are_scored(real):
     jobs += [Job("math", {"gold": "x^2+2x+1", "answer": "(x+1)^2"}), Job("math", {"gold": "\\sqrt{2}", "answer": "1.5"})]
     start = time.monotonic()
     outcomes = real.run(jobs)
-    assert time.monotonic() - start < 2.0 * 3 + 10
+    assert time.monotonic() - start < 2.0 * 3 + 30, "and three imports of 0.7 s on an idle machine"
     assert [outcome.status for outcome in outcomes] == ["timeout"] * 3 + ["ok"] * 2
     assert [outcome.value for outcome in outcomes] == [0.0, 0.0, 0.0, 1.0, 0.0]
 
 
 def test_a_worker_killed_between_jobs_is_not_missed(real):
     question = Job("math", {"gold": "\\frac{\\pi}{2}", "answer": "\\pi/2"})
-    before = children()
     assert real.run([question])[0].value == 1.0
-    for pid in children() & before | children() - before:
+    for pid in children():
         if b"strop.engine.reward.workers" in Path(f"/proc/{pid}/cmdline").read_bytes():
             os.kill(pid, signal.SIGKILL)
     assert [outcome.value for outcome in real.run([question] * 3)] == [1.0] * 3
+
+
+def test_a_stopped_worker_is_a_hung_worker(real):
+    question = Job("math", {"gold": "\\frac{\\pi}{2}", "answer": "\\pi/2"})
+    assert [outcome.value for outcome in real.run([question] * 20)] == [1.0] * 20
+    for pid in children():
+        if b"strop.engine.reward.workers" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGSTOP)
+    statuses = [outcome.status for outcome in real.run([question] * 10)]
+    assert 1 <= statuses.count("timeout") <= 2, "one for each stopped worker"
+    assert statuses.count("ok") == 10 - statuses.count("timeout")
 
 
 def spiral(answer, gold="1 2 3"):
@@ -222,7 +246,7 @@ def test_reasoning_gym_scores_are_all_or_nothing(real):
 
 
 PARENT = """
-import os, sys, threading, time
+import os, signal, sys, threading, time
 from strop.engine.reward.pool import Job, WorkerPool
 pool = WorkerPool(1, 1.0, 2048)
 pool.run([Job("math", {"gold": "x", "answer": "x"})])
@@ -231,15 +255,17 @@ print(pid, flush=True)
 if sys.argv[1] == "busy":
     threading.Thread(target=pool.run, args=([Job("math", {"gold": "7", "answer": "9^{9^{9^9}}"})],)).start()
     time.sleep(0.5)
+if sys.argv[1] == "stopped":
+    os.kill(pid, signal.SIGSTOP)
 os.kill(os.getpid(), 9)
 """
 
 
-@pytest.mark.parametrize("state", ["idle", "busy"])
+@pytest.mark.parametrize("state", ["idle", "busy", "stopped"])
 def test_workers_leave_when_their_parent_is_killed(state):
     parent = subprocess.run([sys.executable, "-c", PARENT, state], capture_output=True, text=True)
     assert parent.returncode == -signal.SIGKILL, parent.stderr
-    assert gone_within(int(parent.stdout), 5)
+    assert gone_within(int(parent.stdout), 20)
 
 
 def test_a_worker_loads_neither_torch_nor_transformers():

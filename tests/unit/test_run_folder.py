@@ -45,6 +45,15 @@ def resume(settings: Settings, path: Path) -> RunFolder:
     return RunFolder.open(run, replace(settings, run=run), "tiny")
 
 
+def test_a_run_that_never_began_may_begin_again(tmp_path):
+    settings = started(tmp_path / "r")
+    assert resume(settings, tmp_path / "r").path == tmp_path / "r"
+    mended = started(tmp_path / "s")
+    mended = replace(mended, train=Train(lr=3e-6))
+    assert RunFolder.open(mended.run, mended, "tiny").path == tmp_path / "s"
+    assert json.loads((tmp_path / "s/config.json").read_text())["train"]["lr"] == 3e-6
+
+
 def test_new_folder_holds_the_settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first = RunFolder.open(RunConfig(), Settings(), "tiny")
@@ -82,14 +91,13 @@ def test_a_setting_that_came_or_went_is_named(tmp_path):
 @pytest.mark.parametrize(
     "prepare, run, message",
     [
-        (lambda path: started(path), {}, "already holds a run: add --run.resume"),
+        (lambda path: started(path, 3), {}, "already holds a run: add --run.resume"),
+        (lambda path: started(path) and (path / "metrics.jsonl").touch(), {}, "already holds a run: add --run.resume"),
         (lambda path: path.mkdir() or (path / "a.txt").write_text("x"), {}, r"not empty \(it holds a.txt\) and is no run"),
         (lambda path: path.write_text("x"), {}, "is a file: name a folder"),
         (lambda path: None, {"resume": True}, "is not a folder, so no run was started there: check --run.dir"),
         (lambda path: path.mkdir(), {"resume": True}, "holds no config.json, so no run was started there"),
-        (lambda path: started(path), {"resume": True}, "no step-N in .*/checkpoints, the run ended before its first save"),
         (lambda path: started(path, 3) and (path / "config.json").write_text("{"), {"resume": True}, "config.json is not JSON"),
-        (lambda path: started(path, 3) and (path / "checkpoints/step-3").rename(path / "x"), {"resume": True}, "no step-N"),
     ],
 )
 def test_refused_folders(tmp_path, prepare, run, message):
