@@ -38,19 +38,22 @@ def run_ranks() -> Callable[..., list[Any]]:
 
 
 def _run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, time_limit: float = 60.0) -> list[Any]:
-    # Hosting the store here (as torchrun's agent does) lets the system choose a free port without a race.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("fork")
     pipes, processes = [], []
     sys.stdout.flush()
     sys.stderr.flush()
     for rank in range(world_size):
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_rank_main, args=(rank, world_size, store.port, sender, fn, args), daemon=True)
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_rank_main, args=(rank, world_size, theirs, fn, args), daemon=True)
         process.start()
-        sender.close()
-        pipes.append(receiver)
+        theirs.close()
+        pipes.append(ours)
         processes.append(process)
+    # Hosting the store here (as torchrun's agent does) lets the system choose a free port without a race. After the forks:
+    # serving the first ranks, its thread may hold a lock of the C library, which the copy in a later fork would wait for.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for pipe in pipes:
+        pipe.send(store.port)
     try:
         return _collect(processes, pipes, time_limit)
     finally:
@@ -84,13 +87,14 @@ def _collect(processes: list[Any], pipes: list[Connection], time_limit: float) -
 
 
 def _rank_main(
-    rank: int, world_size: int, port: int, sender: Connection, fn: Callable[..., Any], args: tuple[Any, ...]
+    rank: int, world_size: int, pipe: Connection, fn: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     gc.freeze()  # collecting a store of the parent here would join its thread, which a fork doesn't have
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a killed pytest leaves no ranks behind
     # Not dump_traceback_later: pytest's own use of it (faulthandler_timeout) holds a lock that no thread of a fork can release.
     faulthandler.register(signal.SIGUSR1, file=sys.__stderr__)
     torch.set_num_threads(1)  # the parent's OpenMP threads don't exist in a fork
+    port = pipe.recv()
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
@@ -99,7 +103,7 @@ def _rank_main(
         message = pickle.dumps((True, fn(*args)))
     except BaseException:
         message = pickle.dumps((False, traceback.format_exc()))
-    sender.send_bytes(message)
-    sender.close()
+    pipe.send_bytes(message)
+    pipe.close()
     if dist.is_initialized():
         dist.destroy_process_group()

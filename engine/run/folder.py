@@ -1,5 +1,6 @@
 """The folder of one run: who may write into it, which settings it belongs to, where its files are."""
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -122,13 +123,14 @@ def settings_as_json(settings: Any) -> dict[str, Any]:
 def _claim(run: RunConfig, recorded: dict[str, Any], preset: str) -> tuple[Path, TextIO]:
     if run.resume:
         return _resume(Path(run.dir), recorded)
-    path = _new_folder(preset) if run.dir is None else Path(run.dir)
     try:
+        path = _new_folder(preset) if run.dir is None else Path(run.dir)
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
-        raise InputError(f"--run.dir {path} is a file: name a folder") from None
+        raise InputError(f"--run.dir {run.dir} is a file: name a folder") from None
     except OSError as error:
-        raise InputError(f"--run.dir {path} can't be created ({error.strerror}): choose another --run.dir") from None
+        where = run.dir or "runs"
+        raise InputError(f"--run.dir {where} can't be created ({error.strerror}): choose another --run.dir") from None
     held = sorted(entry.name for entry in path.iterdir() if entry.name != ".lock")
     if held and "config.json" not in held:
         raise InputError(f"--run.dir {path} is not empty (it holds {held[0]}) and is no run: choose another folder")
@@ -140,9 +142,15 @@ def _claim(run: RunConfig, recorded: dict[str, Any], preset: str) -> tuple[Path,
 
 
 def _new_folder(preset: str) -> Path:
+    """Creates runs/<preset>-<date-time>; with a number behind it where another run began in the same second."""
     name = f"{preset}-{datetime.now():%Y%m%d-%H%M%S}"
-    taken = Path("runs")
-    return next(path for n in range(1, 1000) if not (path := taken / (name if n == 1 else f"{name}-{n}")).exists())
+    Path("runs").mkdir(exist_ok=True)
+    for n in range(1, 1000):
+        path = Path("runs") / (name if n == 1 else f"{name}-{n}")
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+            return path
+    raise InputError(f"runs/ holds {name} and 999 more of this second: name a folder with --run.dir")
 
 
 def _resume(path: Path, recorded: dict[str, Any]) -> tuple[Path, TextIO]:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -43,6 +44,13 @@ def started(path: Path, *steps: int) -> Settings:
 def resume(settings: Settings, path: Path) -> RunFolder:
     run = replace(settings.run, dir=path, resume=True, stop_at=7)
     return RunFolder.open(run, replace(settings, run=run), "tiny")
+
+
+def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with ThreadPoolExecutor(8) as threads:
+        folders = list(threads.map(lambda _: RunFolder.open(RunConfig(), Settings(), "tiny").path, range(8)))
+    assert len(set(folders)) == 8
 
 
 def test_a_run_that_never_began_may_begin_again(tmp_path):
