@@ -244,7 +244,7 @@ class InProcessEngine:
             raise StaleWeightsError(
                 f"{allocator.num_blocks - allocator.num_free} cache blocks still hold keys of weights before version {version}"
             )
-        tokens = probe_tokens(self._model_config.vocab_size)
+        tokens = probe_tokens(self._tokenizer)
         engine, trainer = self._paged.token_logprobs(tokens.tolist()), self._probe(tokens.to(self._device))
         self.probe_difference = prove_logprobs(engine, trainer.to(self._device), tokens, self._dtype, version)
         self.version = version

@@ -49,8 +49,13 @@ class PagedModel:
         cache = self._allocated_cache()
         cache.copy_blocks(step.copies)
         self.rows.follow(step.running)
-        hidden_TH = self._feed(cache, [(chunk.owner.context, chunk.count) for chunk in step.chunks], self.rows)
+        pieces = [(chunk.owner.context, chunk.count) for chunk in step.chunks]
         num_running = len(step.running)
+        if num_running and pieces and self._device.type != "cpu":
+            # There all rows of a pass share one rectangle, as wide as the longest chunk: decoding rows get their own pass.
+            hidden_TH = torch.cat([self._feed(cache, [], self.rows), self._feed(cache, pieces)])
+        else:
+            hidden_TH = self._feed(cache, pieces, self.rows)
         responses, places, end = list(step.running), list(range(num_running)), num_running
         for chunk in step.chunks:
             end += chunk.count
@@ -73,7 +78,7 @@ class PagedModel:
     def token_logprobs(self, tokens: list[int]) -> Tensor:
         """fp32 [L - 1]: log-probs of tokens 1 .. L - 1 given those before, computed as a response's are: over the paged
         cache, the last two tokens fed one by one."""
-        assert len(tokens) > 2
+        assert len(tokens) > 2, f"the last two of {len(tokens)} tokens are fed alone, after at least one other"
         cache, context = self._allocated_cache(), Context(list(tokens))
         self._allocator.extend(context, len(tokens))
         hidden = []

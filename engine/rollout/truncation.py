@@ -82,7 +82,7 @@ class Truncation:
         tied_R = torch.zeros(num_rows, dtype=torch.bool, device=logits_RV.device)
         open_rows = torch.arange(num_rows, device=logits_RV.device)
         for num_candidates in (*self.candidates, vocab_size):
-            ranked_RN = _largest(logits_RV[open_rows], num_candidates)
+            ranked_RN = _largest(logits_RV if len(open_rows) == num_rows else logits_RV[open_rows], num_candidates)
             length = self._prefix_length(ranked_RN, mass_R1[open_rows], open_rows)
             ends_inside = (length < ranked_RN.shape[1]) | (ranked_RN.shape[1] == vocab_size)
             length = length.clamp(1, ranked_RN.shape[1])

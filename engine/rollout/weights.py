@@ -7,6 +7,7 @@ the log-probs of one fixed prompt, computed over the paged cache, with those of 
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ..config import InputError
 from ..model import names
@@ -14,12 +15,15 @@ from ..model.transformer import Transformer
 from ..model.weights import ModelWeights, bit_sum
 from ..protocols import SyncPlan, WeightMeta, WeightSource
 
-MAX_PROBE_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 0.25}
+MAX_PROBE_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 1.0}
 """Largest difference between two log-probs of the fixed prompt, engine against trainer, in nats. fp32: DESIGN section 3.
-The others are that bound scaled by their rounding unit, with room for 100 layers; a wrong tensor moves them by whole nats."""
+bf16: the 135M model's sampled tokens differ by 0.03 on average and up to 0.23 (rounding flips grow through the layers), the
+fixed prompt's by 0.14; a wrong tensor moves some token by whole nats."""
 
-PROBE_LENGTH = 12
-"""Tokens of the fixed prompt: all but the last two are fed at once, those two one by one, as in decoding."""
+PROBE_TEXT = "The capital of France is Paris, and two and two make four."
+"""Ordinary text: on random token ids bf16 differs by up to 8 nats with nothing wrong."""
+PROBE_LENGTH = 16
+"""Tokens of it that are used: all but the last two are fed at once, those two one by one, as in decoding."""
 
 
 class StaleWeightsError(RuntimeError):
@@ -89,9 +93,9 @@ def _place(tensor: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...], torch
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
-def probe_tokens(vocab_size: int) -> Tensor:
-    """int64 [PROBE_LENGTH]: the fixed prompt, ids spread over the vocabulary (Knuth's multiplicative hash)."""
-    return torch.arange(1, PROBE_LENGTH + 1) * 2654435761 % vocab_size
+def probe_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """int64 [L], L at most PROBE_LENGTH: the fixed prompt."""
+    return torch.tensor(tokenizer.encode(PROBE_TEXT, add_special_tokens=False)[:PROBE_LENGTH])
 
 
 def prove_logprobs(engine: Tensor, trainer: Tensor, tokens: Tensor, dtype: torch.dtype, version: int) -> float:

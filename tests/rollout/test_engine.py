@@ -222,6 +222,10 @@ def test_unusable_prompts_are_refused_before_anything_is_generated(lab, prompts)
             engine.generate([*prompts, bad], Sampling())
         with pytest.raises(InputError, match=message):
             engine.submit(bad, Sampling())
+    longest = engine.check(prompts, Sampling(max_new_tokens=30))
+    assert longest == max(len(lab.encode(prompt)) for prompt in prompts) + 30
+    with pytest.raises(InputError, match="'long-1'"):
+        engine.check([*prompts, too_long], Sampling())
     engine._encode = lambda prompt: [5, 999_999]
     with pytest.raises(InputError, match=r"token id 999999.*wrong tokenizer"):
         engine.generate(prompts, Sampling())

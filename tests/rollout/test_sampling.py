@@ -205,15 +205,15 @@ def test_greedy_logprobs_are_those_of_temperature_one():
 
 
 def test_cost_for_32_rows_of_49152(record_property):
-    """A decode step of the 135M model costs about 120 ms; sampling must stay a few per cent of it."""
+    """A decode step of the 135M model costs about 120 ms; sampling must stay a few per cent of it (CPU time)."""
     logits, scratch = random_logits(32, 49152), torch.empty(32, 49152)
     positions = torch.zeros(32, dtype=torch.int64)
     for setting, limit_ms in (({}, 20), ({"temperature": 0.7}, 25), ({"top_k": 50}, 60)):
         rows = SamplingRows.of([Sampling(**setting)] * 32, list(range(32)), CPU)
         times = []
         for _ in range(7):
-            start = time.perf_counter()
+            start = time.process_time()
             sample(logits, rows, positions, scratch)
-            times.append((time.perf_counter() - start) * 1e3)
+            times.append((time.process_time() - start) * 1e3)
         record_property(str(setting), round(min(times), 2))
         assert min(times) < limit_ms, f"{setting}: {min(times):.1f} ms"
