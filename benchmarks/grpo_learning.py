@@ -2,9 +2,9 @@
 
     python benchmarks/grpo_learning.py --runs DIR           nine runs, about five minutes each on two cores
 
-true: 1 for the right number, then the end. format: 1 for any number, then the end. shuffled: the true rewards of each batch,
-paid to the wrong samples. Runs that DIR already holds are kept, so that an interrupted benchmark can go on. Writes the table
-(JSON and Markdown) and the plot to benchmarks/results/.
+true: 1 for the right number, then the end. format: 1 for any number, then the end. shuffled: the true rewards of each
+rank's batch, paid to the wrong samples. Runs that DIR already holds are kept, so that an interrupted benchmark can go on.
+Writes the table (JSON and Markdown) and the plot to benchmarks/results/.
 """
 
 import argparse

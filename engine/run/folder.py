@@ -34,7 +34,7 @@ class RunConfig:
     keep: int = 2
     """Checkpoints kept, the newest ones. With 2 one is left if the newest turns out unreadable."""
     sample_groups: int = 16
-    """Prompts a step whose responses are written to samples.jsonl, the first ones; 0 writes none."""
+    """Prompts a step whose responses are written to samples.jsonl, the first of rank 0's share; 0 writes none."""
     stall_seconds: float = 600.0
     """Without a sign of progress for this long a rank prints its stacks and exits; 0 never. Above the longest single phase."""
 
