@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import require_dims, require_floating, require_integers, require_same_device, require_shape
+from .checks import require_dims, require_floating, require_integers, require_same_device, require_shape
 from .dispatch import define_op, form
 
 AVAILABLE = ("reference", "triton")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .arguments import FLOATING, require_same_device, require_shape
+from .checks import FLOATING, require_same_device, require_shape
 from .dispatch import choose, define_op, form
 
 AVAILABLE = ("reference", "triton", "cuda")

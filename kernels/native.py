@@ -18,7 +18,7 @@ from torch import Tensor
 from .specs import AdvantageSpec
 
 FOLDER = Path(__file__).parent / "_native"
-ABI_VERSION = 2
+ABI_VERSION = 3
 """STROP_ABI_VERSION of csrc/include/strop.h."""
 CHOICES = ("auto", "reference", "native", "triton")
 SCALES = {"group": 0, "batch": 1, "none": 2}

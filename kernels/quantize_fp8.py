@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .arguments import require_dims, require_floating
+from .checks import require_dims, require_floating
 from .dispatch import define_op, form
 
 AVAILABLE = ("reference", "triton")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .arguments import require_dims, require_floating, require_same_device, require_shape
+from .checks import require_dims, require_floating, require_same_device, require_shape
 from .dispatch import define_op, form
 
 AVAILABLE = ("reference", "triton")

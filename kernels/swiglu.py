@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .arguments import require_floating, require_same_device, require_shape
+from .checks import require_floating, require_same_device, require_shape
 from .dispatch import define_op, form
 
 AVAILABLE = ("reference", "triton")

@@ -13,7 +13,7 @@ extern "C" {
 #endif
 
 /* Changes whenever a signature below does; kernels/native.py refuses another number. */
-#define STROP_ABI_VERSION 2
+#define STROP_ABI_VERSION 3
 
 typedef enum {
   STROP_OK = 0,
@@ -43,6 +43,73 @@ int strop_cuda_group_advantage(const float *rewards, const int64_t *group_index,
  * column stride, destination row and column stride (in elements), source and destination type, bytes of a source element.
  * Types: 1 float32, 2 bfloat16, 3 float16, 0 any other, whose bits are copied. */
 int strop_cuda_multi_tensor_copy(const int64_t *table, int64_t count, void *stream);
+
+/* Row kernels of a softmax over logits [num_rows, vocab], rows `row_stride` elements apart, columns next to each other.
+ * z = softcap * tanh((u + bias) / softcap) * inverse_temperature, u the logit; softcap 0 means none. p is the softmax of z
+ * over the tokens with keep_mask != 0 (all of them where it is NULL).
+ * logit_type, out_type, bias_type: strop_type. inverse_temperature: float [num_rows], or NULL for `scale` in every row.
+ * targets: int64 [num_rows], a column; outside 0..vocab-1 it lies in another shard; STROP_IGNORED marks a row that
+ * counts for nothing: its logits are not read. */
+typedef enum { STROP_BITS = 0, STROP_FLOAT32 = 1, STROP_BFLOAT16 = 2, STROP_FLOAT16 = 3 } strop_type;
+#define STROP_IGNORED INT64_MIN
+
+typedef struct {
+  const void *logits;
+  int64_t num_rows, vocab, row_stride;
+  int32_t logit_type, bias_type;
+  const int64_t *targets;
+  const float *inverse_temperature;
+  float scale, softcap;
+  const void *bias;         /* [vocab] or NULL */
+  const uint8_t *keep_mask; /* [num_rows, vocab], rows mask_stride apart, or NULL */
+  int64_t mask_stride;
+} strop_logits;
+
+/* partial != 0: out float [5, num_rows] = maximum of z (-inf without a kept token), sum e^(z - max), sum e^(z - max) (z - max),
+ * the target's z (0 if elsewhere), 1 if the target is here else 0: shards join them. An ignored row gives -inf, 0, 0, 0, 0.
+ * partial == 0: out float [3, num_rows] = log-prob, entropy, logsumexp; a target that isn't here gives NaN, ignored rows 0. */
+int strop_cpu_logit_statistics(const strop_logits *rows, int partial, float *out);
+int strop_cuda_logit_statistics(const strop_logits *rows, int partial, float *out, void *stream);
+
+/* out [num_rows, vocab], rows out_stride apart, out_type: the gradient of the logits u,
+ * dz_j = g (1[j = y] - p_j) - h p_j (log p_j + entropy) + k p_j through 1/T, softcap. out may be the logits themselves.
+ * g, h, k: float [num_rows], the gradients of log-prob, entropy and logsumexp; NULL is 0. Rows in which all are 0, and
+ * ignored rows, get 0. */
+int strop_cpu_logit_gradient(const strop_logits *rows, const float *logprob, const float *entropy, const float *logsumexp,
+                             const float *g, const float *h, const float *k, void *out, int out_type, int64_t out_stride);
+int strop_cuda_logit_gradient(const strop_logits *rows, const float *logprob, const float *entropy, const float *logsumexp,
+                              const float *g, const float *h, const float *k, void *out, int out_type, int64_t out_stride,
+                              void *stream);
+
+/* kernels/loss_code.py LossCode, in the same order; choices count from 0 in the order of kernels/specs.py. */
+typedef struct {
+  int32_t policy, divide_by_length, kl_estimator, kl_gradient, correction, has_opsm;
+  float ratio_low, ratio_high, ratio_cap;
+  float sapo_tau_positive, sapo_tau_negative;
+  float vespo_k_positive, vespo_lambda_positive, vespo_k_negative, vespo_lambda_negative;
+  float kl_coef, entropy_coef, correction_low, correction_high, opsm_delta, log_ratio_limit;
+} strop_loss_code;
+
+/* Token arrays are float [num_tokens] or NULL; mask: uint8. cu_seqlens: int64 [num_sequences + 1] or NULL (then the spec needs
+ * no sequences, num_sequences is 0); tokens behind cu_seqlens[num_sequences] are padding. sequence_stats: float
+ * [num_sequences, 6] (SEQUENCE_FIELDS of kernels/policy.py), or NULL: computed from the tokens. */
+typedef struct {
+  int64_t num_tokens, num_sequences;
+  const float *logprob, *old_logprob, *advantages, *ref_logprob, *rollout_logprob, *entropy;
+  const uint8_t *mask;
+  const int64_t *cu_seqlens;
+  const float *sequence_stats;
+  const float *denominator; /* one number, on the device */
+} strop_loss_tokens;
+
+/* loss: float [1]; metrics: float, in the order of METRIC_FIELDS of kernels/metrics.py; d_logprob and d_entropy: float
+ * [num_tokens], the loss's gradients (d_entropy NULL where entropy_coef is 0). */
+int strop_cpu_policy_loss(const strop_loss_tokens *tokens, const strop_loss_code *code, float *loss, float *metrics,
+                          float *d_logprob, float *d_entropy);
+/* workspace: strop_cuda_policy_loss_workspace(...) bytes that were 0 before their first use; the call leaves them so. */
+int strop_cuda_policy_loss(const strop_loss_tokens *tokens, const strop_loss_code *code, float *loss, float *metrics,
+                           float *d_logprob, float *d_entropy, void *workspace, void *stream);
+int64_t strop_cuda_policy_loss_workspace(int64_t num_tokens, int64_t num_sequences);
 
 #ifdef __cplusplus
 }

@@ -138,7 +138,7 @@ def test_refuses():
         expert_order(ids, 4, 0)
     with pytest.raises(ValueError, match="expert_ids has shape"):
         expert_order(ids.flatten(), 4)
-    with pytest.raises(TypeError, match=r"expert_ids is torch\.float32"):
+    with pytest.raises(TypeError, match=r"expert_ids has dtype torch\.float32"):
         expert_order(ids.float(), 4)
     with pytest.raises(ValueError, match="2\\^31 rows"):
         expert_order(torch.empty(2**20, 2**11, dtype=torch.int32, device="meta"), 4)
@@ -148,7 +148,7 @@ def test_refuses():
         moe_unpermute(torch.ones(11, 8), order, torch.ones(6, 2))
     with pytest.raises(ValueError, match=r"weights has shape \(6,\)"):
         moe_unpermute(torch.ones(12, 8), order, torch.ones(6))
-    with pytest.raises(TypeError, match=r"weights is torch\.int64"):
+    with pytest.raises(TypeError, match=r"weights has dtype torch\.int64"):
         moe_unpermute(torch.ones(12, 8), order, ids)
     with pytest.raises(ValueError, match="order is on meta"):
         moe_permute(torch.ones(6, 8), ExpertOrder(*(t.to("meta") for t in order)))

@@ -88,6 +88,6 @@ def test_refuses():
         quantize_fp8(torch.ones(2, 2), (128, 1))
     with pytest.raises(ValueError, match="x has shape"):
         quantize_fp8(torch.ones(2))
-    with pytest.raises(TypeError, match=r"x is torch\.int64"):
+    with pytest.raises(TypeError, match=r"x has dtype torch\.int64"):
         quantize_fp8(torch.ones(2, 2).long())
     assert not quantize_fp8(torch.ones(2, 2, requires_grad=True))[1].requires_grad

@@ -81,7 +81,7 @@ def test_compiles_and_passes_opcheck():
 
 def test_refuses():
     x, weight, _ = inputs(4, 16, dtype=torch.float32)
-    with pytest.raises(TypeError, match=r"rms_norm: x is torch\.int64"):
+    with pytest.raises(TypeError, match=r"rms_norm: x has dtype torch\.int64"):
         rms_norm(torch.ones(2, 16, dtype=torch.long), weight, 1e-6)
     with pytest.raises(ValueError, match=r"weight has shape \(8,\): \(16,\) is needed"):
         rms_norm(x, torch.ones(8), 1e-6)

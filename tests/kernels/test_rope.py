@@ -93,9 +93,9 @@ def test_refuses():
         rope(x, cos, sin[:2])
     with pytest.raises(ValueError, match=r"positions has shape \(3,\)"):
         rope(x, cos, sin, torch.arange(3))
-    with pytest.raises(TypeError, match=r"positions is torch\.float32"):
+    with pytest.raises(TypeError, match=r"positions has dtype torch\.float32"):
         rope(x, cos, sin, torch.arange(4.0))
-    with pytest.raises(TypeError, match=r"x is torch\.int64"):
+    with pytest.raises(TypeError, match=r"x has dtype torch\.int64"):
         rope(x.long(), cos, sin)
     with pytest.raises(RuntimeError, match="cos and sin get no gradient"):
         rope(x, cos.requires_grad_(), sin)

@@ -61,7 +61,7 @@ def test_compiles_and_passes_opcheck():
 
 def test_refuses():
     gate, up, _ = inputs(4, 8)
-    with pytest.raises(TypeError, match=r"up is torch\.int32"):
+    with pytest.raises(TypeError, match=r"up has dtype torch\.int32"):
         swiglu(gate, up.detach().int())
     with pytest.raises(ValueError, match=r"up has shape \(8,\): \(4, 8\) is needed"):
         swiglu(gate, up[0])
