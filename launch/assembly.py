@@ -76,7 +76,7 @@ def ask_everyone(
     def generate(questions: Sequence[Prompt], sampling: Sampling, ids: Sequence[int]) -> list[Group]:
         return engine.generate(questions, sampling, [EVALUATION_IDS + i for i in ids])
 
-    numbered = list(enumerate(prompts))[: config.questions or None]
-    mine = ask(generate, rewards.score, numbered[mesh.dp.rank :: mesh.dp.size], config, answer=rewards.answer, seed=seed)
-    records = [record for part in all_gather_objects(mine, mesh.dp) for record in part]
+    dp = mesh.dp
+    mine = ask(generate, rewards.score, prompts, config, answer=rewards.answer, seed=seed, rank=dp.rank, ranks=dp.size)
+    records = [record for part in all_gather_objects(mine, dp) for record in part]
     return sorted(records, key=lambda record: record.ordinal)

@@ -5,7 +5,7 @@ it is for short answers. Generating and scoring are callables: nothing here know
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..batch import Group, Prompt, Sample
@@ -80,31 +80,19 @@ class Record:
     texts: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Report:
-    summary: Mapping[str, float]
-    records: Sequence[Record]
-
-
-def evaluate(
-    generate: Generate, score: Score, prompts: Sequence[Prompt], config: EvalConfig, *, answer: Answer, seed: int = 0
-) -> Report:
-    """Ask every prompt and report: `summarize` of what `ask` returns. Several ranks call those two themselves."""
-    chosen = prompts[: config.questions or len(prompts)]
-    records = ask(generate, score, list(enumerate(chosen)), config, answer=answer, seed=seed)
-    return Report(summarize(records, config), records)
-
-
 def ask(
     generate: Generate,
     score: Score,
-    numbered: Sequence[tuple[int, Prompt]],
+    prompts: Sequence[Prompt],
     config: EvalConfig,
     *,
     answer: Answer,
     seed: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> list[Record]:
-    """A record for each (ordinal, prompt): a rank's share of the questions (maybe none), ordinals counted over all of them."""
+    """A record for each of the first `config.questions` prompts; `rank` of `ranks` asks every ranks-th (maybe none)."""
+    numbered = list(enumerate(prompts))[: config.questions or None][rank::ranks]
     if not numbered:
         return []
     ids = [ordinal * config.samples for ordinal, _ in numbered]

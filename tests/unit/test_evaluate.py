@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from strop.engine.batch import Group, Prompt, Sample, Score, Span
 from strop.engine.config import InputError
-from strop.engine.evaluate.benchmark import EvalConfig, ask, evaluate, summarize
+from strop.engine.evaluate.benchmark import EvalConfig, ask, summarize
 from strop.engine.evaluate.passk import cons_at_k, pass_at_k
 
 
@@ -78,43 +78,43 @@ CONFIG = EvalConfig(samples=4, temperature=0.6, top_p=0.95, pass_at=(2, 4))
 
 def test_report_of_four_questions_worked_by_hand():
     generate, calls = engine(TEXTS)
-    report = evaluate(generate, score, PROMPTS, CONFIG, answer=answer, seed=3)
+    records = ask(generate, score, PROMPTS, CONFIG, answer=answer, seed=3)
+    summary = summarize(records, CONFIG)
     means = [0.5, 0.25, 1.0, 0.5]
     mean = sum(means) / 4
-    assert report.summary["pass@1"] == pytest.approx(mean)
-    assert report.summary["pass@1_se"] == pytest.approx(math.sqrt(sum((m - mean) ** 2 for m in means) / 3 / 4))
-    assert report.summary["pass@2"] == pytest.approx((5 / 6 + 1 / 2 + 1 + 1) / 4)  # d: 1 of the 2 judged
-    assert report.summary["pass@4"] == pytest.approx(1.0), "a, b, c; d has two judged samples only"
-    assert report.summary["cons@4"] == pytest.approx((1 + 0 + 1 + 0) / 4)  # a: "7" and "7.0" vote together; d: "?" leads
-    assert report.summary["not_judged"] == 2
-    assert report.summary["finished"] == pytest.approx(15 / 16)
-    assert report.summary["mean_length"] == pytest.approx((3 * 1 + 3 + 3 + 3 + 4 + 4) / 16)
-    assert (report.summary["questions"], report.summary["samples"]) == (4, 16)
+    assert summary["pass@1"] == pytest.approx(mean)
+    assert summary["pass@1_se"] == pytest.approx(math.sqrt(sum((m - mean) ** 2 for m in means) / 3 / 4))
+    assert summary["pass@2"] == pytest.approx((5 / 6 + 1 / 2 + 1 + 1) / 4)  # d: 1 of the 2 judged
+    assert summary["pass@4"] == pytest.approx(1.0), "a, b, c; d has two judged samples only"
+    assert summary["cons@4"] == pytest.approx((1 + 0 + 1 + 0) / 4)  # a: "7" and "7.0" vote together; d: "?" leads
+    assert summary["not_judged"] == 2
+    assert summary["finished"] == pytest.approx(15 / 16)
+    assert summary["mean_length"] == pytest.approx((3 * 1 + 3 + 3 + 3 + 4 + 4) / 16)
+    assert (summary["questions"], summary["samples"]) == (4, 16)
     (sampling, ids), = calls
     assert (sampling.n, sampling.temperature, sampling.top_p, sampling.seed, ids) == (4, 0.6, 0.95, 3, [0, 4, 8, 12])
-    assert report.records[1].texts == ("1", "2", "2", "12~")
-    assert report.records[1].finished == (True, True, True, False)
+    assert records[1].texts == ("1", "2", "2", "12~")
+    assert records[1].finished == (True, True, True, False)
 
 
 def test_ranks_that_share_the_questions_report_the_same():
-    whole = evaluate(engine(TEXTS)[0], score, PROMPTS, CONFIG, answer=answer)
-    numbered = list(enumerate(PROMPTS))
+    whole = ask(engine(TEXTS)[0], score, PROMPTS, CONFIG, answer=answer)
     generate, calls = engine(TEXTS)
-    parts = [ask(generate, score, numbered[rank::3], CONFIG, answer=answer) for rank in (0, 1, 2)]
+    parts = [ask(generate, score, PROMPTS, CONFIG, answer=answer, rank=rank, ranks=3) for rank in range(3)]
     assert [ids for _, ids in calls] == [[0, 12], [4], [8]]
     records = sorted((record for part in parts for record in part), key=lambda record: record.ordinal)
-    assert summarize(records, CONFIG) == whole.summary
-    assert ask(generate, score, [], CONFIG, answer=answer) == []
+    assert records == whole
+    assert ask(generate, score, PROMPTS, CONFIG, answer=answer, rank=4, ranks=5) == []
 
 
 def test_greedy_asks_once_and_few_questions_have_no_error_bar():
     greedy = EvalConfig(questions=1)
     generate, calls = engine({"a": ["7"]})
-    report = evaluate(generate, score, PROMPTS, greedy, answer=answer)
-    assert report.summary == {"questions": 1, "samples": 1, "not_judged": 0, "pass@1": 1.0, "mean_length": 1.0, "finished": 1.0}
+    summary = summarize(ask(generate, score, PROMPTS, greedy, answer=answer), greedy)
+    assert summary == {"questions": 1, "samples": 1, "not_judged": 0, "pass@1": 1.0, "mean_length": 1.0, "finished": 1.0}
     assert calls[0][0].temperature == 0
-    unjudged = evaluate(engine({"d": ["?"]})[0], score, PROMPTS[3:], EvalConfig(), answer=answer)
-    assert unjudged.summary == {"questions": 1, "samples": 1, "not_judged": 1, "mean_length": 1.0, "finished": 1.0}
+    unjudged = summarize(ask(engine({"d": ["?"]})[0], score, PROMPTS[3:], EvalConfig(), answer=answer), EvalConfig())
+    assert unjudged == {"questions": 1, "samples": 1, "not_judged": 1, "mean_length": 1.0, "finished": 1.0}
 
 
 @pytest.mark.parametrize(
