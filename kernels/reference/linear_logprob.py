@@ -101,7 +101,7 @@ class LinearLogprob(torch.autograd.Function):
         logits = TiledLogits(hidden, weight, bias, shape, rows)
         row_targets = targets if rows is None else targets[rows]
         may_be_infinite = bias is not None or shape.keep_mask is not None
-        softmax = OnlineSoftmax(len(logits.x), logits.dtype, hidden.device)
+        softmax = OnlineSoftmax.empty(len(logits.x), logits.dtype, hidden.device)
         for columns, row_blocks in tiles(len(logits.x), len(weight), hidden.device):
             block = logits.weight_block(columns)
             for tile in row_blocks:

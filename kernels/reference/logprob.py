@@ -40,7 +40,7 @@ class Logprob(torch.autograd.Function):
         kept = targets != ignore_index
         targets = targets - first_token
         dtype = statistics_dtype(logits)
-        softmax = OnlineSoftmax(len(logits), dtype, logits.device)
+        softmax = OnlineSoftmax.empty(len(logits), dtype, logits.device)
         for rows in row_blocks(logits):
             z = shape.apply_(logits[rows].to(dtype, copy=True), rows, slice(None))
             softmax.add_(z, torch.empty_like(z), rows, targets[rows], may_be_infinite=True)

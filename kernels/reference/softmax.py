@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+IGNORED = torch.iinfo(torch.int64).min
+"""The target of a row that counts for nothing, STROP_IGNORED in csrc/include/strop.h."""
 UNDERFLOW = -1e4
 """e^-1e4 is 0 in fp32 and fp64, and 0 * -1e4 is 0, whereas 0 * -inf would be NaN."""
 
@@ -84,22 +86,24 @@ class OnlineSoftmax:
     Sums are taken relative to the running maximum, which starts at -inf, so logits of 1e4 lose nothing to cancellation.
     """
 
-    def __init__(self, num_rows: int, dtype: torch.dtype, device: torch.device):
-        self.maximum = torch.full((num_rows,), -torch.inf, dtype=dtype, device=device)
-        self.total = torch.zeros(num_rows, dtype=dtype, device=device)
-        self.weighted = torch.zeros_like(self.total)
-        self.target = torch.zeros_like(self.total)
-        self.found = torch.zeros_like(self.total)
+    def __init__(self, partial_5N: Tensor):
+        """partial_5N is written into: maximum, total, weighted, target's z, 1 where a block held the target."""
+        self.partial_5N = partial_5N
+        self.maximum, self.total, self.weighted, self.target, self.found = partial_5N.unbind(0)
+
+    @classmethod
+    def empty(cls, num_rows: int, dtype: torch.dtype, device: torch.device) -> "OnlineSoftmax":
+        partial_5N = torch.zeros(5, num_rows, dtype=dtype, device=device)
+        partial_5N[0] = -torch.inf
+        return cls(partial_5N)
 
     def add_(self, z: Tensor, scratch: Tensor, rows: slice, targets: Tensor, may_be_infinite: bool) -> None:
         """z and scratch [n, v] are overwritten. targets [n]: the column in this block; in another block if outside 0..v."""
         column, inside = locate(targets, z.shape[1])
         self.target[rows] = torch.where(inside, z.gather(1, column).squeeze(1), self.target[rows])
         self.found[rows] += inside
-        old_maximum = self.maximum[rows]
-        maximum = torch.maximum(old_maximum, z.amax(1))
-        self._rescale(rows, old_maximum, maximum)
-        self.maximum[rows] = maximum
+        maximum = torch.maximum(self.maximum[rows], z.amax(1))
+        self._raise_maximum(rows, maximum)
         z.sub_(finite(maximum)[:, None])
         if may_be_infinite:
             z.clamp_(min=UNDERFLOW)
@@ -107,24 +111,22 @@ class OnlineSoftmax:
         self.total[rows] += mass.sum(1)
         self.weighted[rows] += z.mul_(mass).sum(1)  # half the time of linalg.vecdot
 
-    def _rescale(self, rows: slice, old_maximum: Tensor, maximum: Tensor) -> None:
-        """Move both sums from the old maximum to the new one."""
-        shift = (old_maximum - finite(maximum)).clamp(min=UNDERFLOW)
+    def _raise_maximum(self, rows: slice, maximum: Tensor) -> None:
+        """Move both sums to a maximum that is at least the present one."""
+        shift = (self.maximum[rows] - finite(maximum)).clamp(min=UNDERFLOW)
         scale = shift.exp()
         self.weighted[rows] = scale * (self.weighted[rows] + shift * self.total[rows])
         self.total[rows] *= scale
+        self.maximum[rows] = maximum
 
     def all_reduce_(self, group: dist.ProcessGroup) -> None:
         """Join the shards of a vocabulary-parallel softmax: one max and one sum of 4 floats a row."""
-        everything = slice(None)
-        own_maximum = self.maximum.clone()
-        dist.all_reduce(self.maximum, op=dist.ReduceOp.MAX, group=group)
-        self._rescale(everything, own_maximum, self.maximum)
-        sums = torch.stack((self.total, self.weighted, self.target, self.found))
-        dist.all_reduce(sums, group=group)
-        self.total, self.weighted, self.target, self.found = sums.unbind(0)
+        maximum = self.maximum.clone()
+        dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
+        self._raise_maximum(slice(None), maximum)
+        dist.all_reduce(self.partial_5N[1:], group=group)
 
-    def finish(self) -> RowStatistics:
+    def finish(self) -> "RowStatistics":
         """A row whose target lies in no block gets a NaN log-prob rather than a plausible number."""
         base, log_total = finite(self.maximum), self.total.log()
         logprob = torch.where(self.found == 1, (self.target - base) - log_total, torch.nan)
