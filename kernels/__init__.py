@@ -6,11 +6,13 @@ device, fp64-capable); `dispatch.py` says when another form runs instead.
 """
 
 from .advantages import ADVANTAGE_COUNTS, GroupAdvantage, group_advantage
+from .kl import kl
+from .linear_policy_loss import LinearPolicyLoss, linear_policy_loss
 from .logprobs import LogprobResult, linear_logprob, logprob
 from .metrics import METRIC_FIELDS, combine_metrics, summarize_metrics
 from .moe_permute import ExpertOrder, expert_order, moe_permute, moe_unpermute
 from .multi_tensor_copy import multi_tensor_copy
-from .policy import SEQUENCE_FIELDS, LinearPolicyLoss, PolicyLoss, kl, linear_policy_loss, policy_loss, sequence_stats
+from .policy import SEQUENCE_FIELDS, PolicyLoss, policy_loss, sequence_stats
 from .quantize_fp8 import quantize_fp8
 from .rms_norm import rms_norm
 from .rope import rope

@@ -36,41 +36,50 @@ def choose(op: str, tensor: Tensor, available: tuple[Implementation, ...]) -> Im
     Raises ValueError where STROP_KERNELS names one that `op` doesn't have or that cannot take this tensor, and RuntimeError
     where a CUDA tensor has only the reference although `op` has a kernel for it (triton is not installed).
     """
+    return _choose(op, tensor.device, tensor.dtype, available)
+
+
+def _choose(op: str, device: torch.device, dtype: torch.dtype, available: tuple[Implementation, ...]) -> Implementation:
     asked = native.choice()
     if asked != "auto":
-        forced = asked if asked != "native" else "cuda" if tensor.is_cuda else "cpu"
-        if reason := _cannot_run(forced, tensor, available):
+        forced = asked if asked != "native" else "cuda" if device.type == "cuda" else "cpu"
+        if reason := _cannot_run(forced, device.type, dtype, available):
             raise ValueError(f"{op}: STROP_KERNELS={asked}, but {reason}; STROP_KERNELS=reference runs everywhere")
         return forced
-    preferred: tuple[Implementation, ...] = ("cpu",) if tensor.device.type == "cpu" else ("cuda", "triton")
+    preferred: tuple[Implementation, ...] = ("cpu",) if device.type == "cpu" else ("cuda", "triton")
     for implementation in preferred:
-        if not _cannot_run(implementation, tensor, available):
+        if not _cannot_run(implementation, device.type, dtype, available):
             return implementation
-    if tensor.is_cuda and tensor.dtype != torch.float64 and "triton" in available:
-        raise RuntimeError(f"{op}: no kernel for {tensor.device}: {_cannot_run('triton', tensor, available)}; install it, or "
+    if device.type == "cuda" and dtype != torch.float64 and "triton" in available:
+        raise RuntimeError(f"{op}: no kernel for {device}: {_cannot_run('triton', 'cuda', dtype, available)}; install it, or "
                            "choose the slower plain-torch form with STROP_KERNELS=reference")  # fmt: skip
     return "reference"
 
 
+# torch.compile takes the answer of the moment it traces as a constant: a graph can neither read the environment nor load a
+# library. (What torch.compiler.assume_constant_result does, without its import of torch._dynamo, 0.9 s.)
+_choose._dynamo_marked_constant = True
+
+
 def form(op: str, tensor: Tensor, available: tuple[Implementation, ...]) -> ModuleType:
     """The module kernels/<implementation>/<op>.py that `choose` names; the forms of an op share their function names."""
-    return _module(choose(op, tensor, available), op)
+    return load(choose(op, tensor, available), op)
 
 
 @functools.cache
-def _module(implementation: Implementation, op: str) -> ModuleType:
+def load(implementation: Implementation, op: str) -> ModuleType:
+    """The module kernels/<implementation>/<op>.py."""
     return importlib.import_module(f".{implementation}.{op}", __package__)
 
 
-def _cannot_run(implementation: str, tensor: Tensor, available: tuple[Implementation, ...]) -> str:
-    """Why `implementation` can't take `tensor`; "" when it can."""
+def _cannot_run(implementation: str, device: str, dtype: torch.dtype, available: tuple[Implementation, ...]) -> str:
+    """Why `implementation` can't take a tensor of this device type and dtype; "" when it can."""
     if implementation == "reference":
         return ""
     if implementation not in available:
         return f"it has only {', '.join(available)}"
-    if tensor.dtype == torch.float64:
+    if dtype == torch.float64:
         return "the tensor is float64 and kernels compute in float32"
-    device = tensor.device.type
     if implementation == "triton":
         if not _triton_is_installed():
             return "the package triton is not installed"
@@ -117,3 +126,14 @@ def define_op(
     if not op._schema.is_mutable:
         torch.library.register_autograd(f"strop::{name}", backward or refuse, setup_context=save, lib=LIBRARY)
     return op
+
+
+def refuse_double_backward(name: str) -> None:
+    """RuntimeError inside a backward under create_graph=True.
+
+    For a backward that returns what the forward stored: those numbers carry no graph, so differentiating them again would
+    give zeros instead of an error.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{name}: a double backward isn't supported: call backward without create_graph=True, or set "
+                           "STROP_KERNELS=reference for the plain-torch form, which has all derivatives")  # fmt: skip

@@ -1,19 +1,23 @@
-"""Public ops: the policy loss, its fused form with the LM head, the KL estimators and whole-sequence statistics."""
+"""Public ops: the policy loss and the whole-sequence statistics that it needs under context parallelism."""
 
-from typing import NamedTuple, get_args
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .checks import STATISTICS, check_tensor
-from .logprobs import linear_logprob
-from .reference import kl as reference_kl
+from .dispatch import choose, define_op, load, refuse_double_backward
+from .loss_code import NUM_CHOICES, LossCode, encode
+from .metrics import METRIC_FIELDS
 from .reference import policy_loss as reference
-from .reference.correction import TokenInputs, mask_inputs
 from .reference.policy_loss import SEQUENCE_FIELDS
-from .reference.sequences import sequence_index
-from .specs import KlEstimator, KlGradient, LossSpec
+from .specs import LossSpec
+
+AVAILABLE = (
+    "reference", *(f for f in ("triton", "cuda", "cpu") if (Path(__file__).parent / f / "policy_loss.py").exists())
+)  # fmt: skip
 
 
 class PolicyLoss(NamedTuple):
@@ -23,11 +27,18 @@ class PolicyLoss(NamedTuple):
     """fp32 [len(METRIC_FIELDS)], detached: `combine_metrics` joins several, `summarize_metrics` reads them."""
 
 
-class LinearPolicyLoss(NamedTuple):
-    loss: Tensor
+class TokenTensors(NamedTuple):
+    """Arguments of one call, all [T] and detached where no gradient may flow, and its boundaries."""
+
     logprob: Tensor
-    """Detached, 0 outside the mask."""
-    metrics: Tensor
+    old_logprob: Tensor | None
+    advantages: Tensor
+    mask: Tensor
+    ref_logprob: Tensor | None
+    rollout_logprob: Tensor | None
+    entropy: Tensor | None
+    cu_seqlens: Tensor | None
+    """int64 [S + 1]; None only where the spec needs no sequences."""
 
 
 def policy_loss(
@@ -60,7 +71,7 @@ def policy_loss(
     Raises ValueError or TypeError naming the argument. Non-finite inputs inside the mask make the loss non-finite and are
     counted in the metrics.
     """
-    tokens, index, num_sequences = check_tokens(
+    tokens = check_tokens(
         logprob, old_logprob, advantages, mask, spec, rollout_logprob, cu_seqlens, ref_logprob, entropy
     )
     if spec.kl_coef and ref_logprob is None:
@@ -68,13 +79,16 @@ def policy_loss(
     if spec.entropy_coef and entropy is None:
         raise ValueError(f"entropy_coef {spec.entropy_coef} needs entropy: pass it, or set entropy_coef to 0")
     if sequence_stats is not None:
+        num_sequences = 0 if tokens.cu_seqlens is None else len(tokens.cu_seqlens) - 1
         check_tensor("sequence_stats", sequence_stats, STATISTICS, (num_sequences, len(SEQUENCE_FIELDS)), logprob.device)
-        sequence_stats = sequence_stats.to(logprob.dtype)
-    if isinstance(denominator, Tensor):
-        check_tensor("denominator", denominator, (*STATISTICS, torch.int32, torch.int64), ())
-    elif not denominator > 0:
-        raise ValueError(f"denominator {denominator}: must be above 0, the step's count of {spec.aggregation!r}")
-    return PolicyLoss(*reference.policy_loss(tokens, spec, index, num_sequences, sequence_stats, denominator))
+        sequence_stats = sequence_stats.detach().to(logprob.dtype)
+    denominator = check_denominator(denominator, spec, logprob)
+    implementation = choose("policy_loss", logprob, AVAILABLE)
+    if implementation == "reference":
+        return PolicyLoss(*reference.policy_loss(spec, *tokens, sequence_stats, denominator))
+    code = encode(spec)
+    loss, metrics, *_ = _policy_loss(*tokens, sequence_stats, denominator, code.choices, code.numbers, implementation)
+    return PolicyLoss(loss, metrics)
 
 
 def sequence_stats(
@@ -92,96 +106,10 @@ def sequence_stats(
     Under context parallelism each rank calls this with its tokens of the same S sequences (empty ones where it has none),
     the results are summed over the ranks and passed to `policy_loss`. Arguments and errors are those of `policy_loss`.
     """
-    tokens, index, num_sequences = check_tokens(logprob, old_logprob, advantages, mask, spec, rollout_logprob, cu_seqlens)
-    if index is None:
+    tokens = check_tokens(logprob, old_logprob, advantages, mask, spec, rollout_logprob, cu_seqlens)
+    if tokens.cu_seqlens is None:
         raise ValueError("sequence_stats needs cu_seqlens for packed tokens: pass the int32 [S + 1] boundaries")
-    return reference.sequence_statistics(tokens, spec, index, num_sequences)
-
-
-def linear_policy_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    old_logprob: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor,
-    spec: LossSpec,
-    *,
-    temperature: float | Tensor = 1.0,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    keep_mask: Tensor | None = None,
-    tp_group: dist.ProcessGroup | None = None,
-    vocab_range: tuple[int, int] | None = None,
-    ignore_index: int = -100,
-    main_grad: Tensor | None = None,
-    deterministic: bool = False,
-    ref_logprob: Tensor | None = None,
-    rollout_logprob: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    sequence_stats: Tensor | None = None,
-    denominator: float | Tensor,
-) -> LinearPolicyLoss:
-    """policy_loss(linear_logprob(hidden, weight, targets)), tokens outside the mask left out of the products.
-
-    hidden: [T, H] or [B, L, H]; the other arguments and the errors are those of the two ops.
-    """
-    check_tensor("mask", mask, (torch.bool,), tuple(targets.shape), targets.device)
-    result = linear_logprob(
-        hidden,
-        weight,
-        targets.masked_fill(~mask, ignore_index),
-        temperature=temperature,
-        bias=bias,
-        softcap=softcap,
-        keep_mask=keep_mask,
-        tp_group=tp_group,
-        vocab_range=vocab_range,
-        ignore_index=ignore_index,
-        main_grad=main_grad,
-        deterministic=deterministic,
-    )
-    loss, metrics = policy_loss(
-        result.logprob,
-        old_logprob,
-        advantages,
-        mask,
-        spec,
-        ref_logprob=ref_logprob,
-        rollout_logprob=rollout_logprob,
-        entropy=result.entropy,
-        cu_seqlens=cu_seqlens,
-        sequence_stats=sequence_stats,
-        denominator=denominator,
-    )
-    return LinearPolicyLoss(loss, result.logprob.detach(), metrics)
-
-
-def kl(
-    logprob: Tensor,
-    ref_logprob: Tensor,
-    *,
-    estimator: KlEstimator = "k3",
-    gradient: KlGradient = "naive",
-    old_logprob: Tensor | None = None,
-) -> Tensor:
-    """Per-token estimate of KL(current || reference) from the current policy's tokens, of logprob's shape and dtype.
-
-    With d = ref - lp: k1 = -d, k2 = d^2 / 2, k3 = e^d - d - 1. gradient and old_logprob (read by 'unbiased' alone; None is the
-    detached current one) are those of `LossSpec.kl_gradient`. For a KL in the reward, detach the result and subtract it.
-    Raises ValueError for other names and for 'unbiased' with an estimator other than k3.
-    """
-    for name, value, choices in (("estimator", estimator, get_args(KlEstimator)), ("gradient", gradient, get_args(KlGradient))):
-        if value not in choices:
-            raise ValueError(f"{name} {value!r}: choose from {', '.join(choices)}")
-    if gradient == "unbiased" and estimator != "k3":
-        raise ValueError(f"gradient 'unbiased' is r * k3, got estimator {estimator!r}: take 'k3'")
-    check_tensor("logprob", logprob, STATISTICS)
-    for name, tensor in (("ref_logprob", ref_logprob), ("old_logprob", old_logprob)):
-        if tensor is not None:
-            check_tensor(name, tensor, STATISTICS, tuple(logprob.shape), logprob.device)
-    old = logprob if old_logprob is None else old_logprob
-    return reference_kl.kl(logprob, ref_logprob.to(logprob.dtype), estimator, gradient, logprob - old.detach())
+    return reference.sequence_stats(spec, *tokens[:4], tokens.rollout_logprob, tokens.cu_seqlens)
 
 
 def check_tokens(
@@ -194,8 +122,8 @@ def check_tokens(
     cu_seqlens: Tensor | None,
     ref_logprob: Tensor | None = None,
     entropy: Tensor | None = None,
-) -> tuple[TokenInputs, Tensor | None, int]:
-    """(masked inputs flattened to [T], each token's sequence or None, number of sequences)."""
+) -> TokenTensors:
+    """The arguments of `policy_loss`, checked, flattened and in logprob's dtype."""
     check_tensor("logprob", logprob, STATISTICS)
     if logprob.dim() not in (1, 2):
         raise ValueError(f"logprob has shape {tuple(logprob.shape)}: pass packed [T] or dense [B, L]")
@@ -224,8 +152,80 @@ def check_tokens(
             f"policy {spec.policy!r}, aggregation {spec.aggregation!r}, correction {spec.correction!r} and opsm_delta "
             f"{spec.opsm_delta} need whole sequences: pass cu_seqlens, or dense [B, L] tensors"
         )
-    flat = {name: None if tensor is None else tensor.reshape(-1) for name, tensor in named.items()}
-    tokens = mask_inputs(logprob.reshape(-1), mask=mask.reshape(-1), spec=spec, **flat)
-    if cu_seqlens is None:
-        return tokens, None, 0
-    return tokens, sequence_index(cu_seqlens, tokens.logprob.numel()), len(cu_seqlens) - 1
+
+
+    def flat(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.reshape(-1).to(logprob.dtype)
+
+    def constant(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else flat(tensor.detach())
+
+    return TokenTensors(
+        flat(logprob), constant(old_logprob), constant(advantages), mask.reshape(-1), constant(ref_logprob),
+        constant(rollout_logprob), flat(entropy), None if cu_seqlens is None else cu_seqlens.to(torch.int64),
+    )  # fmt: skip
+
+
+def check_denominator(denominator: float | Tensor, spec: LossSpec, logprob: Tensor) -> Tensor:
+    """0-dim, in the dtype and on the device of logprob."""
+    if isinstance(denominator, Tensor):
+        check_tensor("denominator", denominator, (*STATISTICS, torch.int32, torch.int64), ())
+        return denominator.detach().to(logprob.device, logprob.dtype, non_blocking=True)
+    if not denominator > 0:
+        raise ValueError(f"denominator {denominator}: must be above 0, the step's count of {spec.aggregation!r}")
+    return torch.full((), denominator, dtype=logprob.dtype, device=logprob.device)
+
+
+def _run(
+    logprob: Tensor, old_logprob: Tensor | None, advantages: Tensor, mask: Tensor, ref_logprob: Tensor | None,
+    rollout_logprob: Tensor | None, entropy: Tensor | None, cu_seqlens: Tensor | None, sequence_stats: Tensor | None,
+    denominator: Tensor, choices: Sequence[int], numbers: Sequence[float], implementation: str,
+):  # fmt: skip
+    def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+        return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+    loss, metrics, d_logprob, d_entropy = load(implementation, "policy_loss").policy_loss(
+        LossCode(*choices, *numbers),
+        *contiguous(logprob, old_logprob, advantages, mask, ref_logprob, rollout_logprob, entropy, cu_seqlens, sequence_stats),
+        denominator,
+    )
+    return loss, metrics, d_logprob, logprob.new_empty(0) if d_entropy is None else d_entropy
+
+
+def _fake(logprob: Tensor, *arguments):
+    *_, numbers, _ = arguments
+    num_tokens = len(logprob)
+    with_entropy = numbers[LossCode._fields.index("entropy_coef") - NUM_CHOICES] != 0
+    shapes = ((), (len(METRIC_FIELDS),), (num_tokens,), (num_tokens if with_entropy else 0,))
+    return tuple(logprob.new_empty(shape) for shape in shapes)
+
+
+def _save(ctx, inputs, output) -> None:
+    _, *constants = output
+    ctx.mark_non_differentiable(*constants)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*constants[1:])
+
+
+def _backward(ctx, upstream: Tensor, *_):
+    refuse_double_backward("policy_loss")
+    d_logprob, d_entropy = ctx.saved_tensors
+    gradients = [None] * len(ctx.needs_input_grad)
+    if ctx.needs_input_grad[LOGPROB]:
+        gradients[LOGPROB] = upstream * d_logprob
+    if ctx.needs_input_grad[ENTROPY] and len(d_entropy):
+        gradients[ENTROPY] = upstream * d_entropy
+    return tuple(gradients)
+
+
+LOGPROB, ENTROPY = (TokenTensors._fields.index(name) for name in ("logprob", "entropy"))
+_policy_loss = define_op(
+    "policy_loss(Tensor logprob, Tensor? old_logprob, Tensor advantages, Tensor mask, Tensor? ref_logprob,"
+    " Tensor? rollout_logprob, Tensor? entropy, Tensor? cu_seqlens, Tensor? sequence_stats, Tensor denominator,"
+    " int[] choices, float[] numbers, str implementation)"
+    " -> (Tensor loss, Tensor metrics, Tensor d_logprob, Tensor d_entropy)",
+    _run,
+    _fake,
+    save=_save,
+    backward=_backward,
+)

@@ -6,7 +6,9 @@ from torch import Tensor
 from ..specs import KlEstimator, KlGradient
 
 
-def kl(logprob: Tensor, ref_logprob: Tensor, estimator: KlEstimator, gradient: KlGradient, log_ratio: Tensor) -> Tensor:
+def kl(
+    logprob: Tensor, ref_logprob: Tensor, estimator: KlEstimator, gradient: KlGradient, log_ratio: Tensor | None
+) -> Tensor:
     """Per token. log_ratio = lp - old, read by gradient 'unbiased' alone; everything differentiable is so in lp only."""
     d = ref_logprob.detach() - logprob
     match estimator:

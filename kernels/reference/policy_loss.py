@@ -5,20 +5,52 @@ from torch import Tensor
 
 from ..specs import LossSpec
 from . import policy_terms
-from .correction import TokenInputs, sequence_weight, token_weight, unit_weight
+from .correction import TokenInputs, mask_inputs, sequence_weight, token_weight, unit_weight
 from .kl import kl
 from .metrics import loss_metrics
 from .policy_terms import PolicyTerm, Sequence
-from .sequences import per_token, sequence_sums
+from .sequences import per_token, sequence_index, sequence_sums
 
 SEQUENCE_FIELDS = ("tokens", "log_ratio", "rollout_gap", "rollout_drift", "advantage_up", "advantage_down")
 """Columns of the sequence statistics. Each is a sum over trainable tokens, so context-parallel ranks add theirs: 1; D (gmpo:
 clipped, vespo: clamped and with log w); old - rollout; rollout - lp; token weight * A where A > 0; the same where A < 0."""
 
 
+def read_tokens(
+    spec: LossSpec,
+    logprob_T: Tensor,
+    old_T: Tensor | None,
+    advantages_T: Tensor,
+    mask_T: Tensor,
+    ref_T: Tensor | None,
+    rollout_T: Tensor | None,
+    entropy_T: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[TokenInputs, Tensor | None]:
+    """(tokens, index int64 [T] of each one's sequence). Padding behind cu_seqlens[-1], of index S, is outside the mask."""
+    index = None
+    if cu_seqlens is not None:
+        index = sequence_index(cu_seqlens, len(logprob_T))
+        mask_T = mask_T & (index < len(cu_seqlens) - 1)
+    return mask_inputs(logprob_T, old_T, advantages_T, mask_T, spec, rollout_T, ref_T, entropy_T), index
+
+
+def sequence_stats(
+    spec: LossSpec,
+    logprob_T: Tensor,
+    old_T: Tensor | None,
+    advantages_T: Tensor,
+    mask_T: Tensor,
+    rollout_T: Tensor | None,
+    cu_seqlens: Tensor,
+) -> Tensor:
+    """[S, len(SEQUENCE_FIELDS)] of the tokens given, in the dtype of logprob."""
+    tokens, index = read_tokens(spec, logprob_T, old_T, advantages_T, mask_T, None, rollout_T, None, cu_seqlens)
+    return sequence_statistics(tokens, spec, index, len(cu_seqlens) - 1)
+
+
 @torch.no_grad()
 def sequence_statistics(tokens: TokenInputs, spec: LossSpec, index: Tensor, num_sequences: int) -> Tensor:
-    """[S, len(SEQUENCE_FIELDS)] of the tokens given, in the dtype of logprob."""
     weight = token_weight(tokens, spec).weight
     log_ratio = tokens.log_ratio
     if spec.policy == "gmpo":
@@ -40,19 +72,26 @@ def sequence_statistics(tokens: TokenInputs, spec: LossSpec, index: Tensor, num_
 
 
 def policy_loss(
-    tokens: TokenInputs,
     spec: LossSpec,
-    index: Tensor | None,
-    num_sequences: int,
+    logprob_T: Tensor,
+    old_T: Tensor | None,
+    advantages_T: Tensor,
+    mask_T: Tensor,
+    ref_T: Tensor | None,
+    rollout_T: Tensor | None,
+    entropy_T: Tensor | None,
+    cu_seqlens: Tensor | None,
     statistics: Tensor | None,
     denominator: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, metrics). index int64 [T] names each token's sequence, S outside; None only where the spec needs none.
+    """(loss, metrics), the loss differentiable any number of times in logprob and entropy.
 
-    statistics: of whole sequences of which other ranks hold parts; None computes them from `tokens`.
+    cu_seqlens: int [S + 1]; None only where the spec needs no sequences.
+    statistics: of whole sequences of which other ranks hold parts; None computes them from the tokens.
     """
+    tokens, index = read_tokens(spec, logprob_T, old_T, advantages_T, mask_T, ref_T, rollout_T, entropy_T, cu_seqlens)
     if statistics is None and index is not None:
-        statistics = sequence_statistics(tokens, spec, index, num_sequences)
+        statistics = sequence_statistics(tokens, spec, index, len(cu_seqlens) - 1)
     weight = token_weight(tokens, spec)
     dropped = torch.zeros_like(tokens.mask)
     sequence = None
