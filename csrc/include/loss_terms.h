@@ -23,10 +23,10 @@
 #endif
 
 /* A file with exponentials of its own, for example ones that vectorise, defines these three before it includes this one. */
-#ifndef STROP_EXP
-#define STROP_EXP expf
-#define STROP_EXPM1 expm1f
-#define STROP_LOG logf
+#ifndef STROP_LOSS_EXP
+#define STROP_LOSS_EXP expf
+#define STROP_LOSS_EXPM1 expm1f
+#define STROP_LOSS_LOG logf
 #endif
 
 namespace strop {
@@ -64,7 +64,7 @@ STROP_HOST_DEVICE float clamped(float x, float low, float high) { return x < low
 STROP_HOST_DEVICE float k3(float d) {
   const float series =
       d * d * (1.0f / 2 + d * (1.0f / 6 + d * (1.0f / 24 + d * (1.0f / 120 + d * (1.0f / 720 + d * (1.0f / 5040))))));
-  const float direct = STROP_EXPM1(d) - d;
+  const float direct = STROP_LOSS_EXPM1(d) - d;
   return fabsf(d) < 0.25f ? series : direct;
 }
 
@@ -104,7 +104,7 @@ struct Weight {
 
 /* e^log_weight inside [low, high]: outside, 0 where `drops`, else the nearer bound. */
 STROP_HOST_DEVICE Weight bounded_weight(float log_weight, bool drops, const strop_loss_code &code) {
-  const float weight = STROP_EXP(log_weight);
+  const float weight = STROP_LOSS_EXP(log_weight);
   const bool outside = weight < code.correction_low || weight > code.correction_high;
   const float kept = drops ? (outside ? 0.0f : weight) : clamped(weight, code.correction_low, code.correction_high);
   return {kept, outside && !drops, outside && drops};
@@ -114,12 +114,12 @@ STROP_HOST_DEVICE Weight bounded_weight(float log_weight, bool drops, const stro
 STROP_HOST_DEVICE Weight token_weight(const Token &token, const strop_loss_code &code) {
   const float gap = token.old_logprob - token.rollout_logprob;
   if (code.correction == TIS || code.correction == ICEPOP) return bounded_weight(gap, code.correction == ICEPOP, code);
-  return {code.correction == MEAN_MASK ? STROP_EXP(gap) : 1.0f, false, false};
+  return {code.correction == MEAN_MASK ? STROP_LOSS_EXP(gap) : 1.0f, false, false};
 }
 
 /* gmpo's D: cut above where A > 0 and below elsewhere. */
 STROP_HOST_DEVICE float clipped_log_ratio(float difference, float advantage, const strop_loss_code &code) {
-  const float low = STROP_LOG(code.ratio_low), high = STROP_LOG(code.ratio_high);
+  const float low = STROP_LOSS_LOG(code.ratio_low), high = STROP_LOSS_LOG(code.ratio_high);
   return advantage > 0 ? (difference > high ? high : difference) : (difference < low ? low : difference);
 }
 
@@ -134,7 +134,7 @@ STROP_HOST_DEVICE SequenceSums sequence_sums(const Token &token, const strop_los
   float ratio = log_ratio(token, code);
   if (code.policy == GMPO) ratio = clipped_log_ratio(ratio, token.advantage, code);
   if (code.policy == VESPO) {
-    const float log_weight = clamped(STROP_LOG(weight.value), VESPO_LOG_LOW, VESPO_LOG_HIGH);
+    const float log_weight = clamped(STROP_LOSS_LOG(weight.value), VESPO_LOG_LOW, VESPO_LOG_HIGH);
     ratio = clamped(ratio, -VESPO_LOG_HIGH, VESPO_LOG_HIGH) + log_weight;
   }
   const float a = weight.value * token.advantage;
@@ -170,14 +170,14 @@ STROP_HOST_DEVICE Sequence sequence_of(const SequenceSums &sums, const strop_los
   sequence.drifted = code.has_opsm && sums.rollout_drift / sequence.length > code.opsm_delta;
   if (code.policy == VESPO) {
     const float log_w = clamped(sums.log_ratio, VESPO_LOG_LOW, VESPO_LOG_HIGH);
-    sequence.ratio = STROP_EXP(log_w);
-    sequence.phi_up = STROP_EXP(code.vespo_lambda_positive + code.vespo_k_positive * log_w -
+    sequence.ratio = STROP_LOSS_EXP(log_w);
+    sequence.phi_up = STROP_LOSS_EXP(code.vespo_lambda_positive + code.vespo_k_positive * log_w -
                                 code.vespo_lambda_positive * sequence.ratio);
-    sequence.phi_down = STROP_EXP(code.vespo_lambda_negative + code.vespo_k_negative * log_w -
+    sequence.phi_down = STROP_LOSS_EXP(code.vespo_lambda_negative + code.vespo_k_negative * log_w -
                                   code.vespo_lambda_negative * sequence.ratio);
     return sequence;
   }
-  const float ratio = sequence.ratio = STROP_EXP(sums.log_ratio / sequence.length);
+  const float ratio = sequence.ratio = STROP_LOSS_EXP(sums.log_ratio / sequence.length);
   const float up = sums.advantage_up * sequence.weight.value;
   const float down = (sequence.drifted ? 0.0f : sums.advantage_down) * sequence.weight.value;
   if (code.policy == GSPO) { /* ds/dlp = s / L for every token, times the a of all tokens that no bound cuts */
@@ -210,9 +210,9 @@ STROP_HOST_DEVICE PolicyTerm clipped(float ratio, float a, const strop_loss_code
 /* -a (4 / tau) sigmoid(tau (r - 1)); beyond 104 e^-x is 0 in fp32, but r may be infinite. */
 STROP_HOST_DEVICE PolicyTerm sapo(float difference, float a, const strop_loss_code &code) {
   const float tau = a > 0 ? code.sapo_tau_positive : code.sapo_tau_negative;
-  const float ratio = STROP_EXP(difference), x = tau * STROP_EXPM1(difference);
+  const float ratio = STROP_LOSS_EXP(difference), x = tau * STROP_LOSS_EXPM1(difference);
   const bool saturated = x > 104.0f;
-  const float tail = STROP_EXP(-fabsf(x)), whole = 1.0f / (1.0f + tail);
+  const float tail = STROP_LOSS_EXP(-fabsf(x)), whole = 1.0f / (1.0f + tail);
   const float gate = a == 0 ? 0.5f : x < 0 ? tail * whole : whole;
   const float slope = saturated || a == 0 ? 0.0f : -4.0f * a * (tail * whole * whole) * ratio;
   return {-a * 4.0f / tau * gate, slope, ratio, false, false, false};
@@ -235,7 +235,7 @@ STROP_HOST_DEVICE PolicyTerm policy_term(const Token &token, float a, const Sequ
       return term;
     }
     case GMPO: { /* -a s, the bounds cut each token's D */
-      PolicyTerm term = clipped(STROP_EXP(difference), a, code);
+      PolicyTerm term = clipped(STROP_LOSS_EXP(difference), a, code);
       const float inside = clipped_log_ratio(difference, token.advantage, code);
       term.loss = -a * (a == 0 ? 0.0f : sequence.ratio) + sequence.slope * nothing;
       term.slope = inside == difference ? sequence.slope * moves : 0.0f;
@@ -243,7 +243,7 @@ STROP_HOST_DEVICE PolicyTerm policy_term(const Token &token, float a, const Sequ
       return term;
     }
     case CISPO: { /* -sg(clip(r)) a lp */
-      const float ratio = STROP_EXP(difference);
+      const float ratio = STROP_LOSS_EXP(difference);
       const float slope = -clamped(ratio, code.ratio_low, code.ratio_high) * a;
       return {slope * lp, slope, ratio, a != 0 && ratio < code.ratio_low, a != 0 && ratio > code.ratio_high, false};
     }
@@ -256,9 +256,9 @@ STROP_HOST_DEVICE PolicyTerm policy_term(const Token &token, float a, const Sequ
       const float slope = -(a >= 0 ? sequence.phi_up : sequence.phi_down) * a;
       return {slope * lp, slope, sequence.ratio, false, false, false};
     }
-    case REINFORCE: return {-a * lp, -a, STROP_EXP(difference), false, false, false};
+    case REINFORCE: return {-a * lp, -a, STROP_LOSS_EXP(difference), false, false, false};
     default: {
-      PolicyTerm term = clipped(STROP_EXP(difference), a, code);
+      PolicyTerm term = clipped(STROP_LOSS_EXP(difference), a, code);
       term.slope *= moves;
       return term;
     }
@@ -275,11 +275,11 @@ STROP_HOST_DEVICE KlTerm kl_term(const Token &token, const strop_loss_code &code
   const float value = code.kl_estimator == K1 ? -d : code.kl_estimator == K2 ? d * d / 2 : k3(d);
   if (code.kl_gradient == STRAIGHT_THROUGH) return {value, value, -d};
   if (code.kl_gradient == UNBIASED) { /* r k3, and r k3 + r (1 - e^d) = -r d; where D is clamped, r has no slope */
-    const float ratio = STROP_EXP(log_ratio(token, code));
+    const float ratio = STROP_LOSS_EXP(log_ratio(token, code));
     const bool limited = fabsf(token.logprob - token.old_logprob) > code.log_ratio_limit;
-    return {value, ratio * value, -ratio * (limited ? STROP_EXPM1(d) : d)};
+    return {value, ratio * value, -ratio * (limited ? STROP_LOSS_EXPM1(d) : d)};
   }
-  return {value, value, code.kl_estimator == K1 ? 1.0f : code.kl_estimator == K2 ? -d : -STROP_EXPM1(d)};
+  return {value, value, code.kl_estimator == K1 ? 1.0f : code.kl_estimator == K2 ? -d : -STROP_LOSS_EXPM1(d)};
 }
 
 /* A token's part of the loss, before its share: 1 / denominator, and with divide_by_length 1 / length. */
@@ -299,7 +299,7 @@ STROP_HOST_DEVICE TokenTerms token_terms(const Token &token, const Sequence &seq
   terms.dropped = sequence.drifted && token.advantage < 0;
   const float factor = code.policy == VESPO ? 1.0f : terms.weight.value; /* vespo's phi holds the weight already */
   const float a = (terms.dropped ? 0.0f : factor) * token.advantage;
-  if (code.correction == NO_CORRECTION) terms.weight.value = STROP_EXP(token.old_logprob - token.rollout_logprob);
+  if (code.correction == NO_CORRECTION) terms.weight.value = STROP_LOSS_EXP(token.old_logprob - token.rollout_logprob);
   terms.policy = policy_term(token, a, sequence, code);
   terms.kl = kl_term(token, code);
   terms.kl_loss = code.kl_coef != 0 ? code.kl_coef * terms.kl.loss : 0.0f;
