@@ -62,6 +62,12 @@ def launch(function: str, device: torch.device, *arguments: ctypes._SimpleCData)
         check(kernels, function, getattr(kernels, f"strop_cuda_{function}")(*arguments, stream))
 
 
+def call(function: str, *arguments: ctypes._SimpleCData) -> None:
+    """Call strop_cpu_<function>; RuntimeError if it fails."""
+    if status := getattr(library("cpu"), f"strop_cpu_{function}")(*arguments):
+        raise RuntimeError(f"strop_cpu_{function} failed with status {status} (csrc/include/strop.h)")
+
+
 def check(kernels: ctypes.CDLL, function: str, status: int) -> None:
     """RuntimeError unless a function of the CUDA library returned STROP_OK."""
     if status:

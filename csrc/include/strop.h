@@ -26,6 +26,22 @@ typedef enum { STROP_SCALE_GROUP = 0, STROP_SCALE_BATCH = 1, STROP_SCALE_NONE = 
 typedef enum { STROP_BASELINE_MEAN = 0, STROP_BASELINE_LEAVE_ONE_OUT = 1 } strop_baseline;
 
 int strop_cpu_abi_version(void);
+
+/* The vector instructions that strop_cpu_* use: the best of this CPU. strop_cpu_set_level chooses lower ones, which tests do;
+ * STROP_BAD_ARGUMENT where the CPU lacks them. */
+typedef enum { STROP_LEVEL_BASELINE = 0, STROP_LEVEL_AVX2 = 1, STROP_LEVEL_AVX512 = 2 } strop_level;
+int strop_cpu_level(void);
+int strop_cpu_set_level(int level);
+
+/* y[i] = f(x[i]), float [count], by the functions inside the kernels, whose errors csrc/cpu/simd.h states and tests measure. */
+typedef enum {
+  STROP_FUNCTION_EXP = 0,
+  STROP_FUNCTION_EXPM1 = 1,
+  STROP_FUNCTION_TANH = 2,
+  STROP_FUNCTION_TANH_SLOPE = 3 /* 1 - tanh^2 */
+} strop_function;
+int strop_cpu_elementary(int function, const float *x, float *y, int64_t count);
+
 int strop_cuda_abi_version(void);
 int strop_cuda_last_error(void);
 

@@ -1,0 +1,33 @@
+// The kernels are compiled once for each level of vector instructions; at run time the best one that the CPU has is taken.
+#pragma once
+
+// Standard headers come first, before a level's source turns on instructions: an inline function of theirs, shared by all
+// object files, must not use what another CPU lacks.
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "../include/strop.h"
+
+// The arguments of strop_cpu_logit_gradient behind the first.
+struct StropGradient {
+  const float *logprob, *entropy, *logsumexp, *g, *h, *k;
+  void *out;
+  int out_type;
+  int64_t out_stride;
+};
+
+struct StropKernels {
+  // Rows [first, last) of strop_cpu_logit_statistics and strop_cpu_logit_gradient.
+  void (*logit_statistics)(const strop_logits &, bool partial, float *out, int64_t first, int64_t last);
+  void (*logit_gradient)(const strop_logits &, const StropGradient &, int64_t first, int64_t last);
+  // strop_cpu_elementary
+  void (*elementary)(int function, const float *x, float *y, int64_t count);
+};
+
+extern const StropKernels strop_baseline_kernels;
+#ifdef __x86_64__
+extern const StropKernels strop_avx2_kernels, strop_avx512_kernels;
+#endif
+
+const StropKernels &strop_kernels();

@@ -1,0 +1,65 @@
+"""The row kernels of csrc/cpu/logit_rows.cpp."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..native_structs import TYPE_CODES, address, logit_rows
+
+
+def logit_statistics(
+    logits_NV: Tensor,
+    targets_N: Tensor,
+    *,
+    inverse_temperature: float | Tensor,
+    softcap: float | None,
+    bias_V: Tensor | None,
+    keep_mask_NV: Tensor | None,
+    partial: bool,
+) -> Tensor:
+    rows = logit_rows(
+        logits_NV,
+        targets_N,
+        inverse_temperature=inverse_temperature,
+        softcap=softcap,
+        bias_V=bias_V,
+        keep_mask_NV=keep_mask_NV,
+    )
+    statistics = torch.empty(5 if partial else 3, len(logits_NV), dtype=torch.float32)
+    native.call("logit_statistics", ctypes.byref(rows), ctypes.c_int(partial), address(statistics))
+    return statistics
+
+
+def logit_gradient(
+    logits_NV: Tensor,
+    targets_N: Tensor,
+    statistics_3N: Tensor,
+    g_N: Tensor | None,
+    h_N: Tensor | None,
+    k_N: Tensor | None,
+    *,
+    inverse_temperature: float | Tensor,
+    softcap: float | None,
+    bias_V: Tensor | None,
+    keep_mask_NV: Tensor | None,
+    out_NV: Tensor,
+) -> None:
+    rows = logit_rows(
+        logits_NV,
+        targets_N,
+        inverse_temperature=inverse_temperature,
+        softcap=softcap,
+        bias_V=bias_V,
+        keep_mask_NV=keep_mask_NV,
+    )
+    per_row = [None if tensor is None else tensor.contiguous() for tensor in (*statistics_3N.unbind(0), g_N, h_N, k_N)]
+    native.call(
+        "logit_gradient",
+        ctypes.byref(rows),
+        *(address(tensor) for tensor in per_row),
+        address(out_NV),
+        ctypes.c_int(TYPE_CODES[out_NV.dtype]),
+        ctypes.c_int64(out_NV.stride(0)),
+    )
