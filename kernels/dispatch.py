@@ -128,12 +128,13 @@ def define_op(
     return op
 
 
-def refuse_double_backward(name: str) -> None:
+def refuse_double_backward(
+    name: str, instead: str = "set STROP_KERNELS=reference for the plain-torch form, which has all derivatives"
+) -> None:
     """RuntimeError inside a backward under create_graph=True.
 
-    For a backward that returns what the forward stored: those numbers carry no graph, so differentiating them again would
-    give zeros instead of an error.
+    For a backward that returns what the forward stored, or that writes into an argument: those numbers carry no graph, so
+    differentiating them again would give zeros instead of an error.
     """
     if torch.is_grad_enabled():
-        raise RuntimeError(f"{name}: a double backward isn't supported: call backward without create_graph=True, or set "
-                           "STROP_KERNELS=reference for the plain-torch form, which has all derivatives")  # fmt: skip
+        raise RuntimeError(f"{name}: a double backward isn't supported: call backward without create_graph=True, or {instead}")

@@ -1,6 +1,6 @@
 """The LM head in chunks of rows: products by torch, softmax rows by the kernels that `dispatch.form` names.
 
-    head = LmHead(...); gradient = HeadGradient(head, ...)
+    head = LmHead(...); gradient = HeadGradient(head, needs, main_grad)
     for rows in head.chunks(live_N):
         logits_nV = head.logits(rows)                       # one buffer for all chunks
         statistics_3n = head.statistics(logits_nV, rows)    # logprob, entropy, logsumexp; joined over tp_group
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .dispatch import form
-from .reference.softmax import IGNORED, OnlineSoftmax, statistics_dtype
+from .reference.softmax import IGNORED, LogitShape, OnlineSoftmax, Upstream, statistics_dtype
 
 AVAILABLE = ("reference",)
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
@@ -37,16 +37,12 @@ class LmHead:
         weight_VH: Tensor,
         bias_V: Tensor | None,
         targets_N: Tensor,
-        *,
-        inverse_temperature: float | Tensor,
-        softcap: float | None,
-        keep_mask_NV: Tensor | None,
+        shape: LogitShape,
         group: dist.ProcessGroup | None,
     ):
-        """targets_N: of `local_targets`. inverse_temperature: a number, or [N] in fp32 (fp64)."""
+        """targets_N: of `local_targets`. group: the ranks whose weights hold the other vocabulary rows."""
         self.hidden_NH, self.weight_VH, self.bias_V, self.targets_N = hidden_NH, weight_VH, bias_V, targets_N
-        self.inverse_temperature, self.softcap, self.keep_mask_NV = inverse_temperature, softcap, keep_mask_NV
-        self.group = group
+        self.shape, self.group = shape, group
         self.kernels = form("logit_rows", hidden_NH, AVAILABLE)
         self.dtype = statistics_dtype(hidden_NH)
         narrow = hidden_NH.is_cuda and hidden_NH.dtype == weight_VH.dtype
@@ -92,9 +88,14 @@ class LmHead:
 
     def statistics(self, logits_nV: Tensor, rows: Rows) -> Tensor:
         """[3, n]: logprob, entropy, logsumexp over the vocabulary of all ranks; 0 for ignored rows."""
-        targets_n, sharded = self.targets_N[rows], self.group is not None
-        statistics = self.kernels.logit_statistics(logits_nV, targets_n, **self._shape(rows), partial=sharded)
-        return join_shards(statistics, targets_n, self.group) if sharded else statistics
+        if self.group is None:
+            return self.own_statistics(logits_nV, rows)
+        return join_shards(self.own_statistics(logits_nV, rows), self.targets_N[rows], self.group)
+
+    def own_statistics(self, logits_nV: Tensor, rows: Rows) -> Tensor:
+        """What this rank knows without the others: [3, n] without a group, [5, n] (`OnlineSoftmax`) with one."""
+        sharded = self.group is not None
+        return self.kernels.logit_statistics(logits_nV, self.targets_N[rows], **self._shape(rows), partial=sharded)
 
     def gradient_(
         self, logits_nV: Tensor, rows: Rows, statistics_3n: Tensor, g_n: Tensor | None, h_n: Tensor | None, k_n: Tensor | None
@@ -112,29 +113,28 @@ class LmHead:
         return out_nV
 
     def _shape(self, rows: Rows) -> dict[str, float | Tensor | None]:
-        scale, mask = self.inverse_temperature, self.keep_mask_NV
+        inverse_temperature, softcap, keep_mask_nV = self.shape.select(rows)
         return {
-            "inverse_temperature": scale[rows] if isinstance(scale, Tensor) else scale,
-            "softcap": self.softcap,
+            "inverse_temperature": inverse_temperature,
+            "softcap": softcap,
             "bias_V": self.bias_V,
-            "keep_mask_NV": None if mask is None else mask[rows],
+            "keep_mask_NV": keep_mask_nV,
         }
 
 
 class HeadGradient:
     """Gradients of hidden, weight and bias, summed over the chunks in fp32 (fp64 for fp64 inputs)."""
 
-    def __init__(self, head: LmHead, *, hidden: bool, weight: bool, bias: bool, main_grad_VH: Tensor | None):
-        """hidden, weight, bias: which are wanted. main_grad_VH: fp32; weight's gradient is added to it."""
+    def __init__(self, head: LmHead, needs: tuple[bool, bool, bool], main_grad_VH: Tensor | None):
+        """needs: whether hidden's, weight's, bias's gradient is wanted. Weight's is added to main_grad_VH, if given."""
+        needs_hidden, needs_weight, needs_bias = needs
         self.head = head
-        self.main_grad_VH = main_grad_VH
-        self.d_hidden_NH = torch.zeros_like(head.hidden_NH, dtype=head.dtype) if hidden else None
-        self.d_weight_VH = main_grad_VH
-        if weight and main_grad_VH is None:
+        self.d_hidden_NH = torch.zeros_like(head.hidden_NH, dtype=head.dtype) if needs_hidden else None
+        self.main_grad_VH = main_grad_VH if needs_weight else None
+        self.d_weight_VH = self.main_grad_VH
+        if needs_weight and main_grad_VH is None:
             self.d_weight_VH = torch.zeros_like(head.weight_VH, dtype=head.dtype)
-        if not weight:
-            self.d_weight_VH = None
-        self.d_bias_V = torch.zeros_like(head.bias_V, dtype=head.dtype) if bias else None
+        self.d_bias_V = torch.zeros_like(head.bias_V, dtype=head.dtype) if needs_bias else None
 
     def add(self, rows: Rows, dz_nV: Tensor) -> None:
         head = self.head
@@ -158,6 +158,28 @@ class HeadGradient:
             d_hidden = d_hidden.to(head.hidden_NH.dtype)
         d_weight = None if d_weight is None or self.main_grad_VH is not None else d_weight.to(head.weight_VH.dtype)
         return d_hidden, d_weight, None if d_bias is None else d_bias.to(head.bias_V.dtype)
+
+
+def head_statistics(head: LmHead) -> Tensor:
+    """[3, N]: logprob, entropy, logsumexp; 0 for ignored rows. 2 N H V operations."""
+    targets_N = head.targets_N
+    statistics = torch.zeros(3 if head.group is None else 5, len(targets_N), dtype=head.dtype, device=targets_N.device)
+    if head.group is not None:
+        statistics[0] = -torch.inf  # what a row left out adds to the other ranks': nothing
+    for rows in head.chunks(targets_N != IGNORED):
+        statistics[:, rows] = head.own_statistics(head.logits(rows), rows)
+    return statistics if head.group is None else join_shards(statistics, targets_N, head.group)
+
+
+def head_gradient(
+    gradient: HeadGradient, statistics_3N: Tensor, g_N: Tensor | None, h_N: Tensor | None, k_N: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`gradient.finish()` after all rows with a non-zero upstream gradient. 6 N H V operations: logits are made again."""
+    head, upstream = gradient.head, Upstream(g_N, h_N, k_N)
+    for rows in head.chunks(upstream.live_rows(head.targets_N != IGNORED)):
+        logits_nV = head.logits(rows)
+        gradient.add(rows, head.gradient_(logits_nV, rows, statistics_3N[:, rows], *upstream.select(rows)))
+    return gradient.finish()
 
 
 def local_targets(targets_N: Tensor, ignore_index: int, first_token: int) -> Tensor:

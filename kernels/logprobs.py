@@ -1,15 +1,19 @@
 """Public ops: log-prob, entropy and logsumexp of target tokens, from hidden states and the LM head or from logits."""
 
+import os
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import logprob_ops as ops
 from .checks import FLOATING, INDEX, STATISTICS, check_tensor, values_may_be_read
-from .reference.linear_logprob import LinearLogprob
-from .reference.logprob import Logprob
-from .reference.softmax import LogitShape, statistics_dtype
+from .lm_head import local_targets
+from .logprob_ops import FlatShape
+from .reference.softmax import statistics_dtype
+
+WORKSPACE_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 class LogprobResult(NamedTuple):
@@ -36,8 +40,10 @@ def linear_logprob(
     ignore_index: int = -100,
     main_grad: Tensor | None = None,
     deterministic: bool = False,
+    split_backward: bool = False,
 ) -> LogprobResult:
-    """Log-prob of `targets` under the LM head, without ever holding the logits (8 N H V floating-point operations in all).
+    """Log-prob of `targets` under the LM head, without ever holding all logits: backward makes them again, a chunk at a time
+    (8 N H V floating-point operations in all, the bare products 6).
 
     hidden: [..., H]; weight: [V, H], any floating dtypes; products accumulate in fp32 (fp64 for fp64 inputs).
     targets: int64 [...], ids of the whole vocabulary. Rows with ignore_index give 0, no gradient, and on a CPU cost nothing.
@@ -47,12 +53,18 @@ def linear_logprob(
     tp_group, vocab_range: vocabulary-parallel; this rank's weight (bias, keep_mask) holds the vocabulary rows
         [start, stop), shards may differ in size and must not overlap. Results are the same on every rank, hidden's gradient
         is summed over the group, and every rank must give the same hidden, targets and upstream gradients.
-    main_grad: [V, H] in fp32; weight's gradient is added to it in place and `weight.grad` stays as it is.
-    deterministic: bit-equal gradients from run to run; this implementation always is.
+    main_grad: [V, H] in fp32 (fp64 for fp64 inputs); weight's gradient is added to it in place, and `weight.grad` stays as it
+        is (with split_backward it gets zeros).
+    deterministic: bit-equal results and gradients from run to run on the same machine and number of threads. No form has
+        atomic sums, so on a CPU they always are. On CUDA they are as far as cuBLAS is, which promises it for products on
+        several streams only under CUBLAS_WORKSPACE_CONFIG=:4096:8 or :16:8: True is an error where that isn't set.
+    split_backward: hidden's gradient and weight's (and bias's) come from two autograd nodes, each of which makes the logits
+        again (10 N H V). For schedules that run dX and dW apart (zero-bubble, DualPipeV): torch.distributed.pipelining calls
+        one node of both gradients twice, which would compute everything twice and add to main_grad twice.
 
     Raises ValueError or TypeError naming the argument. A target outside the vocabulary is a ValueError on a CPU and under
-    STROP_KERNELS_DEBUG=1; elsewhere, and where no vocabulary-parallel shard holds it, its log-prob is NaN. Differentiating
-    twice is a RuntimeError.
+    STROP_KERNELS_DEBUG=1; elsewhere, under torch.compile, and where no vocabulary-parallel shard holds it, its log-prob is
+    NaN. Differentiating twice is a RuntimeError.
     """
     check_tensor("hidden", hidden, FLOATING)
     check_tensor("weight", weight, FLOATING, device=hidden.device)
@@ -67,11 +79,20 @@ def linear_logprob(
         check_tensor("main_grad", main_grad, (dtype,), tuple(weight.shape), hidden.device)
         if torch.is_grad_enabled() and not weight.requires_grad:
             raise ValueError("main_grad is given but weight.requires_grad is False: leave main_grad out, or train the weight")
+    if deterministic and hidden.is_cuda and os.environ.get(WORKSPACE_VARIABLE) not in (":4096:8", ":16:8"):
+        raise ValueError(f"deterministic=True needs {WORKSPACE_VARIABLE}=:4096:8 in the environment before CUDA starts")
     first = check_vocabulary(targets, rows_shape, vocab, hidden.device, tp_group, vocab_range, ignore_index)
-    shape = logit_shape(temperature, softcap, keep_mask, rows_shape, vocab, dtype, hidden.device)
-    results = LinearLogprob.apply(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, targets.reshape(-1), shape, ignore_index, first, tp_group, main_grad
-    )
+    shape = flat_shape(temperature, softcap, keep_mask, rows_shape, vocab, dtype, hidden.device, tp_group)
+    x, y = hidden.reshape(-1, hidden.shape[-1]), local_targets(targets.reshape(-1), ignore_index, first)
+    train_head = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if split_backward and torch.is_grad_enabled() and hidden.requires_grad and train_head:
+        fixed_bias = None if bias is None else bias.detach()
+        results = ops.linear_logprob(x, weight.detach(), fixed_bias, y, None, *shape)
+        values = [result.detach() for result in results]
+        zeros = ops.weight_node(weight, bias, x.detach(), y, *values, main_grad, *shape)
+        results = [result + zero for result, zero in zip(results, zeros, strict=True)]
+    else:
+        results = ops.linear_logprob(x, weight, bias, y, main_grad, *shape)
     return LogprobResult(*(values.view(rows_shape) for values in results))
 
 
@@ -89,7 +110,7 @@ def logprob(
 ) -> LogprobResult:
     """`linear_logprob` for logits [..., V] that exist already (a bias belongs into them).
 
-    inplace_backward: backward writes the gradient into the logits' own storage, which saves [..., V] floats; whoever reads
+    inplace_backward: backward writes the gradient into the logits' own storage, which saves [..., V] numbers; whoever reads
     the logits afterwards reads gradients. It needs contiguous logits. The other arguments, the results and the errors are
     those of `linear_logprob`; -inf logits are tokens of probability 0.
     """
@@ -100,9 +121,11 @@ def logprob(
         raise ValueError("inplace_backward needs contiguous logits: pass logits.contiguous() or inplace_backward=False")
     rows_shape, vocab, dtype = logits.shape[:-1], logits.shape[-1], statistics_dtype(logits)
     first = check_vocabulary(targets, rows_shape, vocab, logits.device, tp_group, vocab_range, ignore_index)
-    shape = logit_shape(temperature, softcap, keep_mask, rows_shape, vocab, dtype, logits.device)
-    flat_logits, flat_targets = logits.reshape(-1, vocab), targets.reshape(-1)
-    results = Logprob.apply(flat_logits, flat_targets, shape, ignore_index, first, tp_group, inplace_backward)
+    shape = flat_shape(temperature, softcap, keep_mask, rows_shape, vocab, dtype, logits.device, tp_group)
+    rows = logits.reshape(-1, vocab)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()  # row kernels read neighbouring columns
+    results = ops.logprob(rows, local_targets(targets.reshape(-1), ignore_index, first), inplace_backward, *shape)
     return LogprobResult(*(values.view(rows_shape) for values in results))
 
 
@@ -132,7 +155,7 @@ def check_vocabulary(
     return first
 
 
-def logit_shape(
+def flat_shape(
     temperature: float | Tensor,
     softcap: float | None,
     keep_mask: Tensor | None,
@@ -140,17 +163,22 @@ def logit_shape(
     vocab: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> LogitShape:
+    tp_group: dist.ProcessGroup | None,
+) -> FlatShape:
+    """What the flat ops take, after checking it."""
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap {softcap}: must be above 0; None leaves the logits alone")
     if keep_mask is not None:
         check_tensor("keep_mask", keep_mask, (torch.bool,), (*rows_shape, vocab), device)
         keep_mask = keep_mask.reshape(-1, vocab)
+        keep_mask = keep_mask if keep_mask.stride(1) == 1 else keep_mask.contiguous()
+    group_name = None if tp_group is None else tp_group.group_name
     if not isinstance(temperature, Tensor):
         if not temperature > 0:
             raise ValueError(f"temperature {temperature}: must be above 0 (score greedy samples at 1)")
-        return LogitShape(1.0 / temperature, softcap, keep_mask)
+        return FlatShape(None, 1.0 / temperature, softcap, keep_mask, group_name)
     check_tensor("temperature", temperature, STATISTICS, tuple(rows_shape), device)
     if values_may_be_read(device) and not (temperature > 0).all():
         raise ValueError(f"temperature holds {float(temperature.min())}: must be above 0 (score greedy samples at 1)")
-    return LogitShape(temperature.detach().to(dtype).reshape(-1).reciprocal(), softcap, keep_mask)
+    inverse_temperature = temperature.detach().to(dtype).reshape(-1).reciprocal()
+    return FlatShape(inverse_temperature, 1.0, softcap, keep_mask, group_name)

@@ -2,6 +2,9 @@
 
 Forward visits the vocabulary in blocks and keeps a few numbers a row; backward makes each tile again (8 N H V in all), turns
 it into dz and multiplies that into dX and dW at once. A tile fits into a CPU's cache, where the elementwise work is cheap.
+
+Rows whose target is IGNORED give 0 and no gradient. On a CPU they are left out of every product, as are the rows without
+upstream gradient in backward; elsewhere shapes stay fixed, so that nothing waits for the host.
 """
 
 from collections.abc import Iterator
@@ -11,12 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .softmax import (
+    IGNORED,
     LogitShape,
     OnlineSoftmax,
     RowStatistics,
     Upstream,
     logit_gradient,
-    refuse_double_backward,
     statistics_dtype,
 )
 
@@ -43,13 +46,16 @@ class TiledLogits:
         weight: Tensor,
         bias: Tensor | None,
         shape: LogitShape,
-        rows: Tensor | None,
+        live: Tensor,
     ):
-        """rows: int64 indices into hidden, None for all. Everything is upcast to fp32 (fp64 for fp64 inputs)."""
+        """live: bool [N], the rows that count. Everything is upcast to fp32 (fp64 for fp64 inputs)."""
         self.dtype = statistics_dtype(hidden)
-        self.weight, self.bias, self.rows = weight, bias, rows
-        self.x = (hidden if rows is None else hidden[rows]).to(self.dtype)
-        self.shape = shape if rows is None else shape.select(rows)
+        self.weight, self.bias = weight, bias
+        self.rows = live.nonzero().squeeze(1) if hidden.device.type == "cpu" and not live.all() else None
+        """int64 indices into hidden of the rows multiplied, None for all."""
+        self.x = self.choose(hidden).to(self.dtype)
+        self.shape = shape if self.rows is None else shape.select(self.rows)
+        self.may_be_infinite = bias is not None or shape.keep_mask is not None
         self.scale: float | Tensor = 1.0
         if shape.softcap is None and bias is None:  # (x / T) W = (x W) / T: cheaper on H columns than on V
             scale = self.shape.inverse_temperature
@@ -58,8 +64,14 @@ class TiledLogits:
             self.shape = self.shape._replace(inverse_temperature=1.0)
         self._buffers: list[Tensor] = []
 
-    def weight_block(self, columns: slice) -> Tensor:
-        return self.weight[columns].to(self.dtype)
+    def choose(self, values: Tensor) -> Tensor:
+        """[N, ...] -> those of the rows multiplied."""
+        return values if self.rows is None else values[self.rows]
+
+    def tiles(self) -> Iterator[tuple[slice, Tensor, list[slice]]]:
+        """(columns, their weights, row blocks)."""
+        for columns, row_blocks in tiles(len(self.x), len(self.weight), self.x.device):
+            yield columns, self.weight[columns].to(self.dtype), row_blocks
 
     def tile(self, block: Tensor, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
         """(z, scratch), both [n, v]; valid until the next call."""
@@ -74,92 +86,82 @@ class TiledLogits:
         return self.shape.apply_(z, rows, columns), scratch
 
 
-class LinearLogprob(torch.autograd.Function):
-    """-> (logprob, entropy, logsumexp), each [N].
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    shape: LogitShape,
+    group: dist.ProcessGroup | None,
+) -> RowStatistics:
+    """targets: int64 [N], rows of this rank's weight; outside 0..V-1 in another shard of `group`."""
+    kept = targets != IGNORED
+    logits = TiledLogits(hidden, weight, bias, shape, kept)
+    row_targets = logits.choose(targets)
+    softmax = OnlineSoftmax.empty(len(logits.x), logits.dtype, hidden.device)
+    for columns, block, row_blocks in logits.tiles():
+        for tile in row_blocks:
+            z, scratch = logits.tile(block, tile, columns)
+            softmax.add_(z, scratch, tile, row_targets[tile] - columns.start, logits.may_be_infinite)
+    if group is not None:
+        softmax.all_reduce_(group)
+    statistics = softmax.finish()
+    if logits.rows is not None:
+        statistics = statistics.scatter(logits.rows, len(targets))
+    return statistics.ignore(~kept, logsumexp=0)
 
-    Rows whose target is ignore_index give 0 and no gradient. On a CPU they are left out of every product, as are the rows
-    without upstream gradient in backward; elsewhere shapes stay fixed, so that nothing waits for the host.
-    """
 
-    @staticmethod
-    def forward(
-        ctx,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        shape: LogitShape,
-        ignore_index: int,
-        first_token: int,
-        group: dist.ProcessGroup | None,
-        main_grad: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        kept = targets != ignore_index
-        targets = targets - first_token
-        rows = kept.nonzero().squeeze(1) if hidden.device.type == "cpu" and not kept.all() else None
-        logits = TiledLogits(hidden, weight, bias, shape, rows)
-        row_targets = targets if rows is None else targets[rows]
-        may_be_infinite = bias is not None or shape.keep_mask is not None
-        softmax = OnlineSoftmax.empty(len(logits.x), logits.dtype, hidden.device)
-        for columns, row_blocks in tiles(len(logits.x), len(weight), hidden.device):
-            block = logits.weight_block(columns)
-            for tile in row_blocks:
-                z, scratch = logits.tile(block, tile, columns)
-                softmax.add_(z, scratch, tile, row_targets[tile] - columns.start, may_be_infinite)
-        if group is not None:
-            softmax.all_reduce_(group)
-        statistics = softmax.finish()
-        if rows is not None:
-            statistics = statistics.scatter(rows, len(targets))
-        statistics = statistics.ignore(~kept, logsumexp=0)
-        ctx.save_for_backward(hidden, weight, bias, targets, kept, *statistics)
-        ctx.shape, ctx.group, ctx.main_grad, ctx.may_be_infinite = shape, group, main_grad, may_be_infinite
-        return tuple(statistics)
-
-    @staticmethod
-    def backward(ctx, *gradients: Tensor | None):
-        refuse_double_backward("linear_logprob")
-        hidden, weight, bias, targets, kept, *statistics = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        upstream = Upstream.inside(kept, gradients)
-        statistics = RowStatistics(*statistics).ignore(~kept, logsumexp=1e30)  # e^(z - 1e30) = 0, whatever z
-        rows = None
-        if hidden.device.type == "cpu" and not (live := upstream.live_rows(kept)).all():
-            rows = live.nonzero().squeeze(1)
-            targets, statistics, upstream = targets[rows], statistics.select(rows), upstream.select(rows)
-        logits = TiledLogits(hidden, weight, bias, ctx.shape, rows)
-        d_x = torch.zeros_like(logits.x) if needs_hidden else None
-        d_weight = torch.empty_like(weight) if needs_weight and ctx.main_grad is None else None
-        d_bias = torch.zeros_like(bias, dtype=logits.dtype) if needs_bias else None
-        for columns, row_blocks in tiles(len(logits.x), len(weight), hidden.device):
-            block = logits.weight_block(columns)
+def linear_logprob_backward(
+    upstream: Upstream,
+    statistics: RowStatistics,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    shape: LogitShape,
+    group: dist.ProcessGroup | None,
+    needs: tuple[bool, bool, bool],
+    main_grad: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden (summed over `group`), weight and bias, None where `needs` says so. With main_grad, weight's is
+    added to it and None is returned."""
+    needs_hidden, needs_weight, needs_bias = needs
+    kept = targets != IGNORED
+    upstream = Upstream.inside(kept, upstream)
+    statistics = statistics.ignore(~kept, logsumexp=1e30)  # e^(z - 1e30) = 0, whatever z
+    logits = TiledLogits(hidden, weight, bias, shape, upstream.live_rows(kept))
+    if logits.rows is not None:
+        targets, statistics, upstream = targets[logits.rows], statistics.select(logits.rows), upstream.select(logits.rows)
+    d_x = torch.zeros_like(logits.x) if needs_hidden else None
+    d_weight = torch.empty_like(weight) if needs_weight and main_grad is None else None
+    d_bias = torch.zeros_like(bias, dtype=logits.dtype) if needs_bias else None
+    for columns, block, row_blocks in logits.tiles():
+        if needs_weight:
+            d_rows = (d_weight if main_grad is None else main_grad)[columns]
+            d_block = d_rows if d_rows.dtype == logits.dtype else torch.empty_like(block)
+            keeps = main_grad is not None  # whether d_block holds something to add to
+            if not row_blocks and not keeps:
+                d_block.zero_()
+        for tile in row_blocks:
+            z, scratch = logits.tile(block, tile, columns)
+            own, own_upstream = statistics.select(tile), upstream.select(tile)
+            dz = logit_gradient(z, scratch, targets[tile] - columns.start, own, own_upstream, logits.may_be_infinite)
+            logits.shape.backward_(dz, z, tile, columns)
+            if needs_hidden:
+                d_x[tile].addmm_(dz, block)
             if needs_weight:
-                d_rows = (d_weight if ctx.main_grad is None else ctx.main_grad)[columns]
-                d_block = d_rows if d_rows.dtype == logits.dtype else torch.empty_like(block)
-                keeps = ctx.main_grad is not None  # whether d_block holds something to add to
-                if not row_blocks and not keeps:
-                    d_block.zero_()
-            for tile in row_blocks:
-                z, scratch = logits.tile(block, tile, columns)
-                own, own_upstream = statistics.select(tile), upstream.select(tile)
-                dz = logit_gradient(z, scratch, targets[tile] - columns.start, own, own_upstream, ctx.may_be_infinite)
-                logits.shape.backward_(dz, z, tile, columns)
-                if needs_hidden:
-                    d_x[tile].addmm_(dz, block)
-                if needs_weight:
-                    d_block.addmm_(dz.t(), logits.x[tile], beta=1 if keeps else 0)
-                    keeps = True
-                if needs_bias:
-                    d_bias[columns] += dz.sum(0)
-            if needs_weight and d_block is not d_rows:
-                d_rows.copy_(d_block)
-        d_hidden = None
-        if needs_hidden:
-            d_hidden = d_x * logits.scale
-            if rows is not None:
-                d_hidden = torch.zeros_like(hidden, dtype=logits.dtype).index_copy_(0, rows, d_hidden)
-            if ctx.group is not None:
-                dist.all_reduce(d_hidden, group=ctx.group)  # each rank has multiplied its own vocabulary rows
-            d_hidden = d_hidden.to(hidden.dtype)
-        return d_hidden, d_weight, None if d_bias is None else d_bias.to(bias.dtype), *(None,) * 6
+                d_block.addmm_(dz.t(), logits.x[tile], beta=1 if keeps else 0)
+                keeps = True
+            if needs_bias:
+                d_bias[columns] += dz.sum(0)
+        if needs_weight and d_block is not d_rows:
+            d_rows.copy_(d_block)
+    d_hidden = None
+    if needs_hidden:
+        d_hidden = d_x * logits.scale
+        if logits.rows is not None:
+            d_hidden = torch.zeros_like(hidden, dtype=logits.dtype).index_copy_(0, logits.rows, d_hidden)
+        if group is not None:
+            dist.all_reduce(d_hidden, group=group)  # each rank has multiplied its own vocabulary rows
+        d_hidden = d_hidden.to(hidden.dtype)
+    return d_hidden, d_weight, None if d_bias is None else d_bias.to(bias.dtype)

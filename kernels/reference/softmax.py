@@ -138,12 +138,6 @@ def statistics_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def refuse_double_backward(op: str) -> None:
-    """Called in backward, where grad mode is on only under create_graph=True."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(f"{op} has no second derivative: call backward without create_graph=True, or detach its outputs")
-
-
 def finite(maximum: Tensor) -> Tensor:
     """-inf (nothing kept so far) -> 0, so that -inf - max stays -inf instead of NaN."""
     return torch.where(maximum == -torch.inf, 0, maximum)
