@@ -1,5 +1,4 @@
-/* What the policy loss reports beside its value, token by token: the slots of kernels/metrics.py as kernels/reference/metrics.py
- * fills them. */
+/* What the policy loss reports beside its value: the slots of kernels/metrics.py, filled as kernels/reference/metrics.py does. */
 #ifndef STROP_LOSS_METRICS_H
 #define STROP_LOSS_METRICS_H
 

@@ -122,7 +122,8 @@ typedef struct {
  * [num_tokens], the loss's gradients (d_entropy NULL where entropy_coef is 0). */
 int strop_cpu_policy_loss(const strop_loss_tokens *tokens, const strop_loss_code *code, float *loss, float *metrics,
                           float *d_logprob, float *d_entropy);
-/* workspace: strop_cuda_policy_loss_workspace(...) bytes that were 0 before their first use; the call leaves them so. */
+/* workspace: strop_cuda_policy_loss_workspace(...) bytes on the device, 0 before their first use and then left to one call at a
+ * time. */
 int strop_cuda_policy_loss(const strop_loss_tokens *tokens, const strop_loss_code *code, float *loss, float *metrics,
                            float *d_logprob, float *d_entropy, void *workspace, void *stream);
 int64_t strop_cuda_policy_loss_workspace(int64_t num_tokens, int64_t num_sequences);

@@ -6,6 +6,7 @@ clamp and detach, so autograd gives the gradients; nothing is taken from the pac
 """
 
 import ctypes
+import functools
 import importlib.util
 import itertools
 import math
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from strop.kernels import LossSpec, native
+from strop.kernels.cuda import policy_loss as cuda_policy_loss
 
 HERE = Path(__file__).parent
 CUDA_SOURCES = HERE.parents[1] / "csrc/cuda"
@@ -41,6 +43,13 @@ def compile_emulation(source: Path, folder: Path) -> ctypes.CDLL:
     sources = [str(source), str(CUDA_SOURCES / "interface.cu")]
     subprocess.run([*EMULATE.split(), *includes, *sources, "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
+
+
+@functools.cache
+def source_of(function: str) -> Path:
+    """The file of csrc/cuda that defines strop_cuda_<function>."""
+    (source,) = (path for path in CUDA_SOURCES.glob("*.cu") if f"int strop_cuda_{function}(" in path.read_text())
+    return source
 
 
 @pytest.fixture(autouse=True)
@@ -73,13 +82,20 @@ def emulated_library(tmp_path_factory):
 @pytest.fixture(params=["forward", "backward"])
 def emulated_cuda(request, emulated_library, monkeypatch):
     """Within the test strop.kernels.cuda runs csrc/cuda on CPU tensors; once with threads and blocks in the opposite order."""
+    workspaces = {}
 
     def launch(function: str, device: torch.device, *arguments) -> None:
-        library = emulated_library(CUDA_SOURCES / f"{function}.cu")
+        library = emulated_library(source_of(function))
         library.strop_emulation_order(int(request.param == "backward"))
         native.check(library, function, getattr(library, f"strop_cuda_{function}")(*arguments, ctypes.c_void_p(None)))
 
+    def workspace(device: torch.device, *sizes: int) -> Tensor:
+        """One for all calls of the test, so that a kernel which leaves its workspace dirty fails at the next call."""
+        size = emulated_library(source_of("policy_loss")).strop_cuda_policy_loss_workspace(*map(ctypes.c_int64, sizes))
+        return workspaces.setdefault("policy_loss", torch.zeros(size, dtype=torch.uint8))
+
     monkeypatch.setattr(native, "launch", launch)
+    monkeypatch.setattr(cuda_policy_loss, "workspace", workspace)
 
 
 CLIPS = {"clip": (0.2, 0.2), "gspo": (3e-4, 4e-4), "gspo-token": (3e-4, 4e-4), "gmpo": (0.4, 0.4), "cispo": (math.inf, None)}
