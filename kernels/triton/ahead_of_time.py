@@ -2,7 +2,8 @@
 
 from typing import Any, NamedTuple
 
-FP32, BF16, FP8 = "*fp32:16", "*bf16:16", "*fp8e4nv:16"
+FP32, BF16, FP16, FP8 = "*fp32:16", "*bf16:16", "*fp16:16", "*fp8e4nv:16"
+BOOL, INT64 = "*i1:16", "*i64:16"
 """Pointers to 16-byte aligned memory, as torch allocates it."""
 
 

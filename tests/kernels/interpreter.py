@@ -21,10 +21,10 @@ def call_with_gradients(
 ) -> tuple[Any, list[Tensor | None]]:
     """(outputs, gradient of each tensor argument that requires one) for `upstream`, one gradient a floating output.
 
-    A function that returns None writes into its arguments: they are the outputs.
+    A function that returns None writes into its arguments: they are the outputs, those given by name last.
     """
     outputs = function(*arguments, **keywords)
-    outputs = arguments if outputs is None else outputs
+    outputs = (*arguments, *keywords.values()) if outputs is None else outputs
     if upstream is None:
         return outputs, []
     several = outputs if isinstance(outputs, tuple) else (outputs,)
