@@ -66,24 +66,10 @@ def linear_logprob(
     STROP_KERNELS_DEBUG=1; elsewhere, under torch.compile, and where no vocabulary-parallel shard holds it, its log-prob is
     NaN. Differentiating twice is a RuntimeError.
     """
-    check_tensor("hidden", hidden, FLOATING)
-    check_tensor("weight", weight, FLOATING, device=hidden.device)
-    if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} don't fit: pass [..., H] and [V, H]")
-    rows_shape, vocab, dtype = hidden.shape[:-1], weight.shape[0], statistics_dtype(hidden)
-    if statistics_dtype(weight) != dtype:
-        raise TypeError(f"hidden is {hidden.dtype} and weight {weight.dtype}: use float64 for both or for neither")
-    if bias is not None:
-        check_tensor("bias", bias, FLOATING, (vocab,), hidden.device)
-    if main_grad is not None:
-        check_tensor("main_grad", main_grad, (dtype,), tuple(weight.shape), hidden.device)
-        if torch.is_grad_enabled() and not weight.requires_grad:
-            raise ValueError("main_grad is given but weight.requires_grad is False: leave main_grad out, or train the weight")
-    if deterministic and hidden.is_cuda and os.environ.get(WORKSPACE_VARIABLE) not in (":4096:8", ":16:8"):
-        raise ValueError(f"deterministic=True needs {WORKSPACE_VARIABLE}=:4096:8 in the environment before CUDA starts")
-    first = check_vocabulary(targets, rows_shape, vocab, hidden.device, tp_group, vocab_range, ignore_index)
-    shape = flat_shape(temperature, softcap, keep_mask, rows_shape, vocab, dtype, hidden.device, tp_group)
-    x, y = hidden.reshape(-1, hidden.shape[-1]), local_targets(targets.reshape(-1), ignore_index, first)
+    x, y, shape = check_head(
+        hidden, weight, targets, temperature, bias, softcap, keep_mask, tp_group, vocab_range, ignore_index, main_grad,
+        deterministic,
+    )  # fmt: skip
     train_head = weight.requires_grad or (bias is not None and bias.requires_grad)
     if split_backward and torch.is_grad_enabled() and hidden.requires_grad and train_head:
         fixed_bias = None if bias is None else bias.detach()
@@ -93,7 +79,7 @@ def linear_logprob(
         results = [result + zero for result, zero in zip(results, zeros, strict=True)]
     else:
         results = ops.linear_logprob(x, weight, bias, y, main_grad, *shape)
-    return LogprobResult(*(values.view(rows_shape) for values in results))
+    return LogprobResult(*(values.view(targets.shape) for values in results))
 
 
 def logprob(
@@ -127,6 +113,41 @@ def logprob(
         rows = rows.contiguous()  # row kernels read neighbouring columns
     results = ops.logprob(rows, local_targets(targets.reshape(-1), ignore_index, first), inplace_backward, *shape)
     return LogprobResult(*(values.view(rows_shape) for values in results))
+
+
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float | Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    keep_mask: Tensor | None,
+    tp_group: dist.ProcessGroup | None,
+    vocab_range: tuple[int, int] | None,
+    ignore_index: int,
+    main_grad: Tensor | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, FlatShape]:
+    """(hidden [N, H], columns of this rank's vocabulary rows [N], shape) after checking the arguments of `linear_logprob`."""
+    check_tensor("hidden", hidden, FLOATING)
+    check_tensor("weight", weight, FLOATING, device=hidden.device)
+    if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} don't fit: pass [..., H] and [V, H]")
+    rows_shape, vocab, dtype = hidden.shape[:-1], weight.shape[0], statistics_dtype(hidden)
+    if statistics_dtype(weight) != dtype:
+        raise TypeError(f"hidden is {hidden.dtype} and weight {weight.dtype}: use float64 for both or for neither")
+    if bias is not None:
+        check_tensor("bias", bias, FLOATING, (vocab,), hidden.device)
+    if main_grad is not None:
+        check_tensor("main_grad", main_grad, (dtype,), tuple(weight.shape), hidden.device)
+        if torch.is_grad_enabled() and not weight.requires_grad:
+            raise ValueError("main_grad is given but weight.requires_grad is False: leave main_grad out, or train the weight")
+    if deterministic and hidden.is_cuda and os.environ.get(WORKSPACE_VARIABLE) not in (":4096:8", ":16:8"):
+        raise ValueError(f"deterministic=True needs {WORKSPACE_VARIABLE}=:4096:8 in the environment before CUDA starts")
+    first = check_vocabulary(targets, rows_shape, vocab, hidden.device, tp_group, vocab_range, ignore_index)
+    shape = flat_shape(temperature, softcap, keep_mask, rows_shape, vocab, dtype, hidden.device, tp_group)
+    return hidden.reshape(-1, hidden.shape[-1]), local_targets(targets.reshape(-1), ignore_index, first), shape
 
 
 def check_vocabulary(

@@ -71,18 +71,10 @@ def policy_loss(
     Raises ValueError or TypeError naming the argument. Non-finite inputs inside the mask make the loss non-finite and are
     counted in the metrics.
     """
-    tokens = check_tokens(
-        logprob, old_logprob, advantages, mask, spec, rollout_logprob, cu_seqlens, ref_logprob, entropy
-    )
-    if spec.kl_coef and ref_logprob is None:
-        raise ValueError(f"kl_coef {spec.kl_coef} needs ref_logprob: pass it, or set kl_coef to 0")
-    if spec.entropy_coef and entropy is None:
-        raise ValueError(f"entropy_coef {spec.entropy_coef} needs entropy: pass it, or set entropy_coef to 0")
-    if sequence_stats is not None:
-        num_sequences = 0 if tokens.cu_seqlens is None else len(tokens.cu_seqlens) - 1
-        check_tensor("sequence_stats", sequence_stats, STATISTICS, (num_sequences, len(SEQUENCE_FIELDS)), logprob.device)
-        sequence_stats = sequence_stats.detach().to(logprob.dtype)
-    denominator = check_denominator(denominator, spec, logprob)
+    tokens, sequence_stats, denominator = check_arguments(
+        logprob, old_logprob, advantages, mask, spec, ref_logprob, rollout_logprob, entropy, cu_seqlens, sequence_stats,
+        denominator,
+    )  # fmt: skip
     implementation = choose("policy_loss", logprob, AVAILABLE)
     if implementation == "reference":
         return PolicyLoss(*reference.policy_loss(spec, *tokens, sequence_stats, denominator))
@@ -110,6 +102,37 @@ def sequence_stats(
     if tokens.cu_seqlens is None:
         raise ValueError("sequence_stats needs cu_seqlens for packed tokens: pass the int32 [S + 1] boundaries")
     return reference.sequence_stats(spec, *tokens[:4], tokens.rollout_logprob, tokens.cu_seqlens)
+
+
+def check_arguments(
+    logprob: Tensor,
+    old_logprob: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    spec: LossSpec,
+    ref_logprob: Tensor | None,
+    rollout_logprob: Tensor | None,
+    entropy: Tensor | None,
+    cu_seqlens: Tensor | None,
+    sequence_stats: Tensor | None,
+    denominator: float | Tensor,
+) -> tuple[TokenTensors, Tensor | None, Tensor]:
+    """(tokens, sequence_stats, denominator) of `policy_loss`, checked, in the dtype and on the device of logprob."""
+    tokens = check_tokens(logprob, old_logprob, advantages, mask, spec, rollout_logprob, cu_seqlens, ref_logprob, entropy)
+    if spec.kl_coef and ref_logprob is None:
+        raise ValueError(f"kl_coef {spec.kl_coef} needs ref_logprob: pass it, or set kl_coef to 0")
+    if spec.entropy_coef and entropy is None:
+        raise ValueError(f"entropy_coef {spec.entropy_coef} needs entropy: pass it, or set entropy_coef to 0")
+    if sequence_stats is not None:
+        num_sequences = 0 if tokens.cu_seqlens is None else len(tokens.cu_seqlens) - 1
+        check_tensor("sequence_stats", sequence_stats, STATISTICS, (num_sequences, len(SEQUENCE_FIELDS)), logprob.device)
+        sequence_stats = sequence_stats.detach().to(logprob.dtype)
+    if isinstance(denominator, Tensor):
+        check_tensor("denominator", denominator, (*STATISTICS, torch.int32, torch.int64), ())
+        return tokens, sequence_stats, denominator.detach().to(logprob.device, logprob.dtype, non_blocking=True)
+    if not denominator > 0:
+        raise ValueError(f"denominator {denominator}: must be above 0, the step's count of {spec.aggregation!r}")
+    return tokens, sequence_stats, torch.full((), denominator, dtype=logprob.dtype, device=logprob.device)
 
 
 def check_tokens(
@@ -164,16 +187,6 @@ def check_tokens(
         flat(logprob), constant(old_logprob), constant(advantages), mask.reshape(-1), constant(ref_logprob),
         constant(rollout_logprob), flat(entropy), None if cu_seqlens is None else cu_seqlens.to(torch.int64),
     )  # fmt: skip
-
-
-def check_denominator(denominator: float | Tensor, spec: LossSpec, logprob: Tensor) -> Tensor:
-    """0-dim, in the dtype and on the device of logprob."""
-    if isinstance(denominator, Tensor):
-        check_tensor("denominator", denominator, (*STATISTICS, torch.int32, torch.int64), ())
-        return denominator.detach().to(logprob.device, logprob.dtype, non_blocking=True)
-    if not denominator > 0:
-        raise ValueError(f"denominator {denominator}: must be above 0, the step's count of {spec.aggregation!r}")
-    return torch.full((), denominator, dtype=logprob.dtype, device=logprob.device)
 
 
 def _run(
