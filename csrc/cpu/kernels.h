@@ -1,6 +1,7 @@
 // All kernels of one level. The level's source defines STROP_VECTOR_BYTES, then includes this.
 #include "level.h"
 #include "logit_rows.h"
+#include "policy_loss.h"
 
 namespace {
 
@@ -14,6 +15,6 @@ void elementary(int function, const float *x, float *y, int64_t count) {
   }
 }
 
-constexpr StropKernels kKernels = {logit_statistics, logit_gradient, elementary};
+constexpr StropKernels kKernels = {logit_statistics, logit_gradient, kPolicyLosses, elementary};
 
 }  // namespace

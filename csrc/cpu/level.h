@@ -17,10 +17,22 @@ struct StropGradient {
   int64_t out_stride;
 };
 
+namespace strop {
+struct Sequence;
+}
+
+// The policy loss under one policy, over tokens [first, last) of one sequence. sums [6] and metrics are added to.
+struct StropPolicyLoss {
+  void (*sequence_sums)(const strop_loss_tokens &, const strop_loss_code &, int64_t first, int64_t last, double *sums);
+  void (*token_losses)(const strop_loss_tokens &, const strop_loss_code &, const strop::Sequence &, int64_t first,
+                       int64_t last, double *metrics, float *d_logprob, float *d_entropy);
+};
+
 struct StropKernels {
   // Rows [first, last) of strop_cpu_logit_statistics and strop_cpu_logit_gradient.
   void (*logit_statistics)(const strop_logits &, bool partial, float *out, int64_t first, int64_t last);
   void (*logit_gradient)(const strop_logits &, const StropGradient &, int64_t first, int64_t last);
+  const StropPolicyLoss *policy_losses;  // by strop_loss_code.policy
   // strop_cpu_elementary
   void (*elementary)(int function, const float *x, float *y, int64_t count);
 };

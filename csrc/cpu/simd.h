@@ -28,9 +28,27 @@ typedef uint8_t Bytes __attribute__((vector_size(STROP_VECTOR_BYTES / 4)));
 inline F all(float value) { return F{} + value; }
 
 // The larger one, b where either is NaN: the very semantics of maxps.
-inline F larger(F a, F b) { return a > b ? a : b; }
-inline F smaller(F a, F b) { return a < b ? a : b; }
-inline F absolute(F x) { return (F)((I)x & 0x7fffffff); }
+template <class V>
+V larger(V a, V b) {
+  return a > b ? a : b;
+}
+template <class V>
+V smaller(V a, V b) {
+  return a < b ? a : b;
+}
+
+inline U bits_of(F x) { return (U)x; }
+inline F of_bits(U bits) { return (F)bits; }
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float of_bits(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
 
 // Halves on halves: what is left of the vector, then of its first half, and so on.
 template <int kCount>
@@ -54,20 +72,25 @@ constexpr float kLowest = -87.33654f;   // above ln 2^-126: below it e^x counts 
 constexpr float kHighest = 88.37626f;   // below 127.5 ln 2: above it e^x counts as inf
 constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // their sum is ln 2; n * kLn2High is exact
 
+// The exponentials are for vectors and for single numbers (V is F or float).
+
 // x = n ln 2 + r with |r| <= ln 2 / 2, and 2^n, for x in kLowest..kHighest or NaN.
+template <class V>
 struct Reduced {
-  F r, power;
+  V r, power;
 };
-inline Reduced reduced(F x) {
-  const F shifted = x * 1.44269504f + 12582912.0f;  // + 1.5 2^23 rounds to an integer, in the low bits of the mantissa
-  const F n = shifted - 12582912.0f;
-  return {(x - n * kLn2High) - n * kLn2Low, (F)(((I)shifted << 23) + 0x3f800000)};
+template <class V>
+inline Reduced<V> reduced(V x) {
+  const V shifted = x * 1.44269504f + 12582912.0f;  // + 1.5 2^23 rounds to an integer, in the low bits of the mantissa
+  const V n = shifted - 12582912.0f;
+  return {(x - n * kLn2High) - n * kLn2Low, of_bits((bits_of(shifted) << 23) + 0x3f800000u)};
 }
 
 // e^x for x in kLowest..kHighest or NaN.
-inline F exp_in_range(F x) {
-  const Reduced at = reduced(x);
-  F q = at.r * 0.001381459878757596f + 0.008368716575205326f;
+template <class V>
+inline V exp_in_range(V x) {
+  const Reduced<V> at = reduced(x);
+  V q = at.r * 0.001381459878757596f + 0.008368716575205326f;
   q = q * at.r + 0.04166838899254799f;
   q = q * at.r + 0.1666652113199234f;
   q = q * at.r + 0.4999999403953552f;
@@ -75,19 +98,26 @@ inline F exp_in_range(F x) {
 }
 
 // e^x for x <= kHighest or NaN.
-inline F exp_of_log_probability(F x) { return x < kLowest ? F{} : exp_in_range(larger(all(kLowest), x)); }
+template <class V>
+inline V exp_of_log_probability(V x) {
+  return x < kLowest ? V{} : exp_in_range(larger(V{} + kLowest, x));
+}
 
-inline F exp_of(F x) { return x > kHighest ? all(INFINITY) : exp_of_log_probability(x); }
+template <class V>
+inline V exp_of(V x) {
+  return x > kHighest ? V{} + INFINITY : exp_of_log_probability(smaller(V{} + kHighest, x));
+}
 
-inline F expm1_of(F x) {
-  const Reduced at = reduced(larger(all(kLowest), smaller(all(kHighest), x)));
-  F q = at.r * 0.0001984595728572458f + 0.0013941640499979258f;
+template <class V>
+inline V expm1_of(V x) {
+  const Reduced<V> at = reduced(larger(V{} + kLowest, smaller(V{} + kHighest, x)));
+  V q = at.r * 0.0001984595728572458f + 0.0013941640499979258f;
   q = q * at.r + 0.008333391509950161f;
   q = q * at.r + 0.04166634753346443f;
   q = q * at.r + 0.1666666567325592f;
   q = q * at.r + 0.5f;
-  const F e = at.power * ((q * at.r) * at.r + at.r) + (at.power - 1.0f);
-  return x > kHighest ? all(INFINITY) : e;
+  const V e = at.power * ((q * at.r) * at.r + at.r) + (at.power - 1.0f);
+  return x > kHighest ? V{} + INFINITY : e;
 }
 
 // t = tanh x and its slope 1 - t^2, from e = e^-2|x|: t = 1 - 2 e / (1 + e), slope = 4 e / (1 + e)^2; a small x, which the
@@ -96,7 +126,7 @@ struct Tanh {
   F t, slope;
 };
 inline Tanh tanh_of(F x) {
-  const F size = absolute(x);
+  const F size = of_bits(bits_of(x) & 0x7fffffffu);
   const F e = exp_of_log_probability(size * -2.0f);
   const F share = 1.0f / (1.0f + e);
   const F large = 1.0f - 2.0f * e * share;
@@ -106,7 +136,7 @@ inline Tanh tanh_of(F x) {
   q = q * square + 0.13331441581249237f;
   q = q * square + -0.3333328068256378f;
   const F small = x + (x * square) * q;
-  const F signed_large = (F)((U)large | ((U)x & 0x80000000u));
+  const F signed_large = of_bits(bits_of(large) | (bits_of(x) & 0x80000000u));
   return {size < 0.625f ? small : signed_large, 4.0f * e * share * share};
 }
 
