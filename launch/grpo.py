@@ -128,7 +128,7 @@ def train(config: GrpoConfig, mesh: Mesh, folder: RunFolder, watchdog: Watchdog,
                 with progress.phase("evaluate"):
                     values |= evaluate()
 
-            values |= progress.take_times() | checkpoints.poll() | telemetry.sample()
+            values |= progress.take_times() | trainer.take_times() | checkpoints.poll() | telemetry.sample()
             log.log(step, values)
             samples.log(step, groups[: config.run.sample_groups])
             progress.step(step, values)

@@ -24,6 +24,7 @@ from ..model.weights import bit_sum
 from ..parallel.collectives import all_gather_objects, all_gather_rows
 from ..parallel.mesh import Mesh
 from .census import Census
+from .clock import StepClock
 from .microbatches import MicroBatch, microbatches
 from .nonfinite import raise_nonfinite
 from .objective import batch_logprobs, named_metrics, objective, sequence_logprobs
@@ -103,6 +104,7 @@ class Trainer:
             reference = copy.deepcopy(model)
         self.reference = None if reference is None else reference.requires_grad_(False)
         model.recompute = config.recompute
+        self._clock = StepClock(mesh.device)
         self._parameters = dict(model.named_parameters())
         sums = all_gather_objects(sum(bit_sum(parameter) for parameter in self._parameters.values()), mesh.zero)
         if len(set(sums)) > 1:
@@ -128,17 +130,21 @@ class Trainer:
         }  # fmt: skip
         minibatch_ids = census.minibatches(config.minibatches, seed, step)
         only_advantage_pulls = not (config.loss.kl_coef or config.loss.entropy_coef)
-        minibatches = self._add_logprobs(microbatches(
+        minibatches = microbatches(
             [[examples[i] for i in ids if i in examples] for ids in minibatch_ids],
             self.mesh, config.microbatch_tokens, config.microbatch_sequences, census.longest, only_advantage_pulls,
-        ))  # fmt: skip
+        )  # fmt: skip
+        with self._clock.part("logprobs"):
+            minibatches = self._add_logprobs(minibatches)
         lr = learning_rate(step, config.lr, config.steps, config.warmup_steps, config.lr_schedule, config.lr_floor)
         kind = denominator_kind(config.loss)
         updates, norms = [], []
         for ids, minibatch in zip(minibatch_ids, minibatches, strict=True):
             denominator = census.denominator(ids, kind, config.constant_length)
-            update, norm = self._compute_gradients(minibatch, denominator, f"step {step}, mini-batch {len(norms)}")
-            self.optimizer.step(lr)
+            with self._clock.part("gradients"):
+                update, norm = self._compute_gradients(minibatch, denominator, f"step {step}, mini-batch {len(norms)}")
+            with self._clock.part("optimizer"):
+                self.optimizer.step(lr)
             updates.append(update)
             norms.append(norm)
         if config.kl_refresh_steps and step % config.kl_refresh_steps == 0:
@@ -190,6 +196,11 @@ class Trainer:
     def _refresh_reference(self) -> None:
         for name, parameter in self.reference.named_parameters():
             parameter.copy_(self._parameters[name])
+
+    def take_times(self) -> dict[str, float]:
+        """Seconds of this rank since the last call: time/train_logprobs (old policy and reference), time/train_gradients
+        (forward, backward and their sum over the ranks) and time/train_optimizer."""
+        return self._clock.take()
 
     def token_logprobs(self, tokens: Tensor) -> Tensor:
         """`sequence_logprobs` of the policy as it is now: int64 [T] -> fp32 [T - 1]. This rank alone, no collective."""
