@@ -4,7 +4,8 @@ The trainer's own code runs unchanged; it is only built without __init__ (which 
 whose logits are a parameter. Its outputs are compared with ours, and the gradients with respect to the logits.
 Documented differences of definition, not of value: TRL's `cispo` bound is the largest weight itself (cispo_bound "ratio"),
 its entropy bonus is a mean over tokens whatever the loss type (so compared under token-mean), and it computes the rollout
-weights while it generates (so they are given to it here, by its own formulas). TRL's masks are ours at its bounds.
+weights while it generates (so they are given to it here, by its own formulas). TRL's masks are ours at its bounds, and its
+mask of high-entropy tokens is an advantage of 0 elsewhere.
 """
 
 from collections import defaultdict
@@ -36,6 +37,7 @@ CASES = {  # name: (TRL's settings, ours); mode, min and max are its vllm_import
     "gspo": ({**SEQUENCE_LEVEL, "beta": 0.04}, {**GSPO, "kl_coef": 0.04}),
     "gspo two-sided": ({**SEQUENCE_LEVEL, "delta": 1.1}, {**GSPO, "delta": 1.1}),
     "luspo": ({**SEQUENCE_LEVEL, "loss_type": "luspo"}, GSPO),
+    "luspo on tokens": ({"loss_type": "luspo"}, {}),
     "cispo": (
         {"loss_type": "cispo", "epsilon_high": 1.1}, {"policy": "cispo", "cispo_bound": "ratio", "clip_high": 1.1}
     ),
@@ -45,10 +47,22 @@ CASES = {  # name: (TRL's settings, ours); mode, min and max are its vllm_import
         {"loss_type": "vespo", "mode": "token_truncate", "max": 1.2},
         {"policy": "vespo", "correction": "tis", "correction_high": 1.2},
     ),
+    "vespo token mask": (
+        {"loss_type": "vespo", "mode": "token_mask", "min": 0.8, "max": 1.3},
+        {"policy": "vespo", "correction": "icepop", "correction_low": 0.8, "correction_high": 1.3},
+    ),
+    "sapo unbiased kl": (
+        {"loss_type": "sapo", "beta": 0.04, "use_bias_correction_kl": True, "sapo_temperature_neg": 1.25},
+        {"policy": "sapo", "kl_coef": 0.04, "kl_gradient": "unbiased", "sapo_tau_negative": 1.25},  # TRL rounds 1.05 to fp32
+    ),
+    "gspo opsm": ({**SEQUENCE_LEVEL, "off_policy_mask_threshold": 0.05}, {**GSPO, "opsm_delta": 0.05}),
     "opsm": ({"off_policy_mask_threshold": 0.05, "beta": 0.04}, {"opsm_delta": 0.05, "kl_coef": 0.04}),
     "tis": (
         {"mode": "token_truncate", "max": 1.2, "beta": 0.04},
         {"correction": "tis", "correction_high": 1.2, "kl_coef": 0.04},
+    ),
+    "tis from below": (
+        {"mode": "token_truncate", "min": 0.8, "max": 1.2}, {"correction": "tis", "correction_low": 0.8, "correction_high": 1.2}
     ),
     "token mask": (
         {"mode": "token_mask", "min": 0.8, "max": 1.3},
@@ -65,6 +79,8 @@ CASES = {  # name: (TRL's settings, ours); mode, min and max are its vllm_import
     "gspo token truncate": (
         {**SEQUENCE_LEVEL, "mode": "token_truncate", "max": 1.1}, {**GSPO, "correction": "tis", "correction_high": 1.1}
     ),
+    "top entropy": ({"top_entropy_quantile": 0.4, "beta": 0.04}, {"kl_coef": 0.04}),
+    "top entropy gspo": ({**SEQUENCE_LEVEL, "top_entropy_quantile": 0.4}, GSPO),
     "entropy bonus": ({"loss_type": "dapo", "entropy_coef": 0.1}, {"entropy_coef": 0.1}),
 }  # fmt: skip
 
@@ -156,10 +172,14 @@ def test_loss_and_gradients_equal_trls(trl_loss, case, seed):
     expected = trl_loss(settings, model, batch)
     (wanted,) = torch.autograd.grad(expected, model.logits)
 
+    token_advantages = advantages[:, None].expand_as(mask)
+    if "top_entropy_quantile" in settings:  # tokens of low entropy keep their KL and their place in the counts
+        threshold = current.entropy[mask].float().quantile(1 - settings["top_entropy_quantile"])
+        token_advantages = torch.where(current.entropy >= threshold, token_advantages, 0)
     spec = LossSpec(aggregation=AGGREGATIONS[settings.get("loss_type", "grpo")], **spec_settings)
     denominators = {"sequences": SEQUENCES, "tokens": mask.sum(), "constant": SEQUENCES * LENGTH}
     loss, _ = policy_loss(
-        current.logprob, old, advantages[:, None].expand_as(mask), mask, spec, ref_logprob=ref, rollout_logprob=rollout,
+        current.logprob, old, token_advantages, mask, spec, ref_logprob=ref, rollout_logprob=rollout,
         entropy=current.entropy, denominator=denominators[denominator_kind(spec)],
     )  # fmt: skip
     (gradient,) = torch.autograd.grad(loss, logits)
