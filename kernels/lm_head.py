@@ -1,13 +1,15 @@
-"""The LM head in chunks of rows: products by torch, softmax rows by the kernels that `dispatch.form` names.
+"""The LM head in pieces: products by torch, softmax rows by the kernels that `dispatch.form` names.
 
-    head = LmHead(...); gradient = HeadGradient(head, needs, main_grad)
+    head, gradient = LmHead(...), HeadGradient(head, needs, main_grad)
     for rows in head.chunks(live_N):
         logits_nV = head.logits(rows)                       # one buffer for all chunks
-        statistics_3n = head.statistics(logits_nV, rows)    # logprob, entropy, logsumexp; joined over tp_group
+        statistics_3n = head.statistics(logits_nV, rows)    # logprob, entropy, logsumexp; joined over the group
         gradient.add(rows, head.gradient_(logits_nV, rows, statistics_3n, g_n, h_n, k_n))
     d_hidden, d_weight, d_bias = gradient.finish()
 
-`rows` is a slice or an index tensor, `per_row[rows]` serves both. N rows, n rows of a chunk, H hidden, V vocabulary.
+computes gradients in the forward. `head_statistics` and `head_gradient` are the two passes of the form that recomputes.
+N rows, n rows of a piece, H hidden, V vocabulary, v columns of a piece. Rows are a slice or indices, `per_row[rows]` serves
+both; columns are a slice of the vocabulary, None for all of it.
 """
 
 from collections.abc import Iterator
@@ -19,17 +21,20 @@ from torch import Tensor
 from .dispatch import form
 from .reference.softmax import IGNORED, LogitShape, OnlineSoftmax, Upstream, statistics_dtype
 
-AVAILABLE = ("reference",)
-CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
-"""What the buffers of a chunk may take."""
+AVAILABLE = ("reference", "cpu")
+BUFFER_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
+"""What logits and their gradient may take together."""
+CHUNK_ROWS = 1024
+"""At most, in whole rows."""
+TILE_ROWS = {"cpu": 4096, "cuda": 8192}
 CAST_ELEMENTS = 2**21
-"""Weights converted at a time where the product can't read their dtype."""
+"""Weights converted at a time where a product can't read their dtype."""
 
 Rows = slice | Tensor
 
 
 class LmHead:
-    """hidden [N, H] times weight [V, H], whole rows of logits in fp32 (fp64 for fp64 inputs)."""
+    """hidden [N, H] times weight [V, H]; logits in fp32 (fp64 for fp64 inputs)."""
 
     def __init__(
         self,
@@ -48,43 +53,45 @@ class LmHead:
         narrow = hidden_NH.is_cuda and hidden_NH.dtype == weight_VH.dtype
         self.product_dtype = hidden_NH.dtype if narrow else self.dtype
         """What products multiply; they accumulate in `dtype`. Only CUDA has products of bf16 or fp16 with fp32 results."""
-        self._logits: Tensor | None = None
-        self._slopes: Tensor | None = None
+        self._buffers: dict[torch.dtype, Tensor] = {}
 
     @property
-    def chunk_rows(self) -> int:
+    def buffer_elements(self) -> int:
+        """Logits a piece."""
         itemsize = self.dtype.itemsize + (self.product_dtype.itemsize if self.product_dtype != self.dtype else 0)
-        rows = CHUNK_BYTES.get(self.hidden_NH.device.type, CHUNK_BYTES["cpu"]) // (itemsize * max(len(self.weight_VH), 1))
-        return min(max(rows // 16 * 16, 16), 1024)
+        return BUFFER_BYTES.get(self.hidden_NH.device.type, BUFFER_BYTES["cpu"]) // itemsize
 
     def chunks(self, live_N: Tensor) -> Iterator[Rows]:
-        """live_N: bool, the rows that count. On a CPU the others are left out of every product; elsewhere shapes stay fixed,
-        so that nothing waits for the host."""
-        if live_N.device.type == "cpu" and not live_N.all():
-            yield from live_N.nonzero().squeeze(1).split(self.chunk_rows) if live_N.any() else ()
-            return
-        for start in range(0, len(live_N), self.chunk_rows):
-            yield slice(start, min(start + self.chunk_rows, len(live_N)))
+        """Pieces of whole rows of logits. live_N: bool, the rows that count: see `row_pieces`."""
+        rows = self.buffer_elements // max(len(self.weight_VH), 1) // 16 * 16
+        return row_pieces(live_N, min(max(rows, 16), CHUNK_ROWS))
 
-    def logits(self, rows: Rows) -> Tensor:
-        """[n, V] in `dtype`, before bias, softcap and temperature; valid until the next call."""
+    def tiles(self, live_N: Tensor) -> Iterator[tuple[slice, list[Rows]]]:
+        """(columns, row pieces): large squares rather than whole rows, so that sums over pieces are read and written less."""
+        device, vocab = self.hidden_NH.device.type, len(self.weight_VH)
+        height = TILE_ROWS.get(device, TILE_ROWS["cpu"])
+        row_tiles = list(row_pieces(live_N, height))
+        width = max(self.buffer_elements // max(min(height, len(live_N)), 1) // 128 * 128, 128)
+        for start in range(0, vocab, width):
+            yield slice(start, min(start + width, vocab)), row_tiles
+
+    def logits(self, rows: Rows, columns: slice | None = None) -> Tensor:
+        """[n, v] in `dtype`, before bias, softcap and temperature; valid until the next call."""
         x_nH = self.hidden_NH[rows].to(self.product_dtype)
-        if self._logits is None:
-            self._logits = x_nH.new_empty(self.chunk_rows, len(self.weight_VH), dtype=self.dtype)
-        logits_nV = self._logits[: len(x_nH)]
-        for columns, block in self.weight_blocks():
-            multiply(x_nH, block.t(), logits_nV[:, columns])
-        return logits_nV
+        columns = slice(0, len(self.weight_VH)) if columns is None else columns
+        logits_nv = self._buffer(self.dtype, len(x_nH), columns.stop - columns.start)
+        for part, block in self.weight_blocks(columns):
+            multiply(x_nH, block.t(), logits_nv[:, part])
+        return logits_nv
 
-    def weight_blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """(columns, [v, H] in `product_dtype`): all of the weight where it has that dtype."""
-        vocab, hidden_size = self.weight_VH.shape
-        height = max(CAST_ELEMENTS // max(hidden_size, 1), 1)
-        if self.weight_VH.dtype == self.product_dtype:
-            height = max(vocab, 1)
-        for start in range(0, vocab, height):
-            columns = slice(start, min(start + height, vocab))
-            yield columns, self.weight_VH[columns].to(self.product_dtype)
+    def weight_blocks(self, columns: slice | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """(part of the columns, [part, H] in `product_dtype`): in one piece where the weight has that dtype."""
+        weight_vH = self.weight_VH if columns is None else self.weight_VH[columns]
+        width, hidden_size = weight_vH.shape
+        step = width if weight_vH.dtype == self.product_dtype else CAST_ELEMENTS // max(hidden_size, 1)
+        for start in range(0, width, max(step, 1)):
+            part = slice(start, min(start + max(step, 1), width))
+            yield part, weight_vH[part].to(self.product_dtype)
 
     def statistics(self, logits_nV: Tensor, rows: Rows) -> Tensor:
         """[3, n]: logprob, entropy, logsumexp over the vocabulary of all ranks; 0 for ignored rows."""
@@ -94,69 +101,107 @@ class LmHead:
 
     def own_statistics(self, logits_nV: Tensor, rows: Rows) -> Tensor:
         """What this rank knows without the others: [3, n] without a group, [5, n] (`OnlineSoftmax`) with one."""
-        sharded = self.group is not None
-        return self.kernels.logit_statistics(logits_nV, self.targets_N[rows], **self._shape(rows), partial=sharded)
+        targets_n, sharded = self.targets_N[rows], self.group is not None
+        return self.kernels.logit_statistics(logits_nV, targets_n, **self._shape(rows, None), partial=sharded)
 
     def gradient_(
-        self, logits_nV: Tensor, rows: Rows, statistics_3n: Tensor, g_n: Tensor | None, h_n: Tensor | None, k_n: Tensor | None
+        self,
+        logits_nv: Tensor,
+        rows: Rows,
+        statistics_3n: Tensor,
+        g_n: Tensor | None,
+        h_n: Tensor | None,
+        k_n: Tensor | None,
+        columns: slice | None = None,
     ) -> Tensor:
-        """[n, V] in `product_dtype`: the gradient of the logits, which are overwritten. Valid until the next call."""
-        out_nV = logits_nV
-        if self.product_dtype != self.dtype:
-            if self._slopes is None:
-                self._slopes = torch.empty_like(self._logits, dtype=self.product_dtype)
-            out_nV = self._slopes[: len(logits_nV)]
-        targets_n = self.targets_N[rows]
-        self.kernels.logit_gradient(
-            logits_nV, targets_n, statistics_3n, g_n, h_n, k_n, **self._shape(rows), out_NV=out_nV
-        )
-        return out_nV
+        """[n, v] in `product_dtype`: the gradient of the logits, which are overwritten. Valid until the next call.
 
-    def _shape(self, rows: Rows) -> dict[str, float | Tensor | None]:
+        statistics_3n are those of whole rows; g_n, h_n, k_n the gradients of logprob, entropy and logsumexp, None is 0.
+        """
+        dz_nv = logits_nv
+        if self.product_dtype != self.dtype:
+            dz_nv = self._buffer(self.product_dtype, *logits_nv.shape)
+        targets_n = self.targets_N[rows]
+        if columns is not None:
+            targets_n = torch.where(targets_n == IGNORED, IGNORED, targets_n - columns.start)
+        shape = self._shape(rows, columns)
+        self.kernels.logit_gradient(logits_nv, targets_n, statistics_3n, g_n, h_n, k_n, **shape, out_NV=dz_nv)
+        return dz_nv
+
+    def _shape(self, rows: Rows, columns: slice | None) -> dict[str, float | Tensor | None]:
         inverse_temperature, softcap, keep_mask_nV = self.shape.select(rows)
+        columns = slice(None) if columns is None else columns
         return {
             "inverse_temperature": inverse_temperature,
             "softcap": softcap,
-            "bias_V": self.bias_V,
-            "keep_mask_NV": keep_mask_nV,
+            "bias_V": None if self.bias_V is None else self.bias_V[columns],
+            "keep_mask_NV": None if keep_mask_nV is None else keep_mask_nV[:, columns],
         }
+
+    def _buffer(self, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
+        buffer = self._buffers.get(dtype)
+        if buffer is None or buffer.numel() < rows * columns:
+            buffer = self._buffers[dtype] = self.hidden_NH.new_empty(rows * columns, dtype=dtype)
+        return buffer[: rows * columns].view(rows, columns)
 
 
 class HeadGradient:
-    """Gradients of hidden, weight and bias, summed over the chunks in fp32 (fp64 for fp64 inputs)."""
+    """Gradients of hidden, weight and bias, summed over the pieces in fp32 (fp64 for fp64 inputs)."""
 
     def __init__(self, head: LmHead, needs: tuple[bool, bool, bool], main_grad_VH: Tensor | None):
         """needs: whether hidden's, weight's, bias's gradient is wanted. Weight's is added to main_grad_VH, if given."""
-        needs_hidden, needs_weight, needs_bias = needs
-        self.head = head
+        needs_hidden, self.needs_weight, needs_bias = needs
+        self.head, self.main_grad_VH = head, main_grad_VH
         self.d_hidden_NH = torch.zeros_like(head.hidden_NH, dtype=head.dtype) if needs_hidden else None
-        self.main_grad_VH = main_grad_VH if needs_weight else None
-        self.d_weight_VH = self.main_grad_VH
-        if needs_weight and main_grad_VH is None:
-            self.d_weight_VH = torch.zeros_like(head.weight_VH, dtype=head.dtype)
+        own = self.needs_weight and main_grad_VH is None
+        self.d_weight_VH = torch.empty_like(head.weight_VH) if own else None
         self.d_bias_V = torch.zeros_like(head.bias_V, dtype=head.dtype) if needs_bias else None
+        self._columns: slice | None = None
+        self._sum_vH: Tensor | None = None
+        """Of weight's gradient in the columns of the last piece, in `head.dtype`."""
 
-    def add(self, rows: Rows, dz_nV: Tensor) -> None:
+    def add(self, rows: Rows, dz_nv: Tensor, columns: slice | None = None) -> None:
+        """dz_nv: the gradient of logits in `head.product_dtype`. The pieces of the same columns follow one another."""
         head = self.head
+        columns = slice(0, len(head.weight_VH)) if columns is None else columns
         if self.d_hidden_NH is not None:
-            d_x_nH = torch.zeros(len(dz_nV), head.hidden_NH.shape[1], dtype=head.dtype, device=dz_nV.device)
-            for columns, block in head.weight_blocks():
-                add_product_(d_x_nH, dz_nV[:, columns], block)
-            self.d_hidden_NH[rows] = d_x_nH
-        if self.d_weight_VH is not None:
-            add_product_(self.d_weight_VH, dz_nV.t(), head.hidden_NH[rows].to(head.product_dtype))
+            indexed = isinstance(rows, Tensor)
+            total_nH = self.d_hidden_NH[rows]  # a view of a slice, a copy of indices
+            for part, block in head.weight_blocks(columns):
+                add_product_(total_nH, dz_nv[:, part], block)
+            if indexed:
+                self.d_hidden_NH[rows] = total_nH
+        if self.needs_weight:
+            self._add_to_weight(dz_nv, head.hidden_NH[rows].to(head.product_dtype), columns)
         if self.d_bias_V is not None:
-            self.d_bias_V += dz_nV.sum(0, dtype=head.dtype)
+            self.d_bias_V[columns] += dz_nv.sum(0, dtype=head.dtype)
+
+    def _add_to_weight(self, dz_nv: Tensor, x_nH: Tensor, columns: slice) -> None:
+        if self.main_grad_VH is not None:
+            add_product_(self.main_grad_VH[columns], dz_nv.t(), x_nH)
+        elif columns == self._columns:
+            add_product_(self._sum_vH, dz_nv.t(), x_nH)
+        else:
+            self._store_weight_sum()
+            self._columns = columns
+            wide = self.d_weight_VH.dtype == self.head.dtype
+            block = self.d_weight_VH[columns]
+            self._sum_vH = block if wide else torch.empty_like(block, dtype=self.head.dtype)
+            multiply(dz_nv.t(), x_nH, self._sum_vH)
+
+    def _store_weight_sum(self) -> None:
+        if self._sum_vH is not None and self._sum_vH.dtype != self.d_weight_VH.dtype:
+            self.d_weight_VH[self._columns] = self._sum_vH
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """In the dtypes of hidden, weight and bias; None for what is not wanted, and for weight where main_grad has it."""
-        head = self.head
-        d_hidden, d_weight, d_bias = self.d_hidden_NH, self.d_weight_VH, self.d_bias_V
+        head, d_hidden, d_weight, d_bias = self.head, self.d_hidden_NH, self.d_weight_VH, self.d_bias_V
         if d_hidden is not None:
             if head.group is not None:
                 dist.all_reduce(d_hidden, group=head.group)  # each rank has multiplied its own vocabulary rows
             d_hidden = d_hidden.to(head.hidden_NH.dtype)
-        d_weight = None if d_weight is None or self.main_grad_VH is not None else d_weight.to(head.weight_VH.dtype)
+        if d_weight is not None:
+            self._store_weight_sum() if self._columns is not None else d_weight.zero_()
         return d_hidden, d_weight, None if d_bias is None else d_bias.to(head.bias_V.dtype)
 
 
@@ -174,12 +219,25 @@ def head_statistics(head: LmHead) -> Tensor:
 def head_gradient(
     gradient: HeadGradient, statistics_3N: Tensor, g_N: Tensor | None, h_N: Tensor | None, k_N: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """`gradient.finish()` after all rows with a non-zero upstream gradient. 6 N H V operations: logits are made again."""
+    """`gradient.finish()` after all rows with a non-zero upstream gradient. Logits are made again: 6 N H V operations for the
+    gradients of hidden and weight, 4 for one of them."""
     head, upstream = gradient.head, Upstream(g_N, h_N, k_N)
-    for rows in head.chunks(upstream.live_rows(head.targets_N != IGNORED)):
-        logits_nV = head.logits(rows)
-        gradient.add(rows, head.gradient_(logits_nV, rows, statistics_3N[:, rows], *upstream.select(rows)))
+    for columns, row_tiles in head.tiles(upstream.live_rows(head.targets_N != IGNORED)):
+        for rows in row_tiles:
+            own = (statistics_3N[:, rows], *upstream.select(rows))
+            gradient.add(rows, head.gradient_(head.logits(rows, columns), rows, *own, columns), columns)
     return gradient.finish()
+
+
+def row_pieces(live_N: Tensor, height: int) -> Iterator[Rows]:
+    """On a CPU the rows that don't live are left out; elsewhere shapes stay fixed, so that nothing waits for the host."""
+    if live_N.device.type == "cpu" and not live_N.all():
+        for rows in live_N.nonzero().squeeze(1).split(height):
+            if len(rows):
+                yield rows
+    else:
+        for start in range(0, len(live_N), height):
+            yield slice(start, min(start + height, len(live_N)))
 
 
 def local_targets(targets_N: Tensor, ignore_index: int, first_token: int) -> Tensor:

@@ -176,8 +176,11 @@ def test_low_precision_inputs_accumulate_in_fp32(small_tiles, dtype):
     assert results["ours"][0].dtype == torch.float32 and results["ours"][4].dtype == dtype
     for got, want in zip(results["ours"][:3], results["exact"][:3], strict=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    # bf16, fp16: the results' own rounding. fp32: a logit of 16 is off by 8 eps and its probability with it; eager torch has
+    # 3 to 6 eps here, over six seeds.
+    eps = torch.finfo(dtype).eps * (8 if dtype == torch.float32 else 4)
     for got, want in zip(results["ours"][3:], results["exact"][3:], strict=True):
-        assert (got.double() - want).norm() <= 4 * torch.finfo(dtype).eps * want.norm()
+        assert (got.double() - want).norm() <= eps * want.norm()
 
 
 def test_main_grad_accumulates_in_fp32_and_leaves_grad_alone(small_tiles):
