@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import itertools
 import math
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,13 @@ def source_of(function: str) -> Path:
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def readme_examples() -> list[str]:
+    """The Python blocks of the README's "Use the kernels alone": a plain torch loop, TRL, verl."""
+    section = re.search(r"^## Use the kernels alone\n(.*?)^## ", (HERE.parents[1] / "README.md").read_text(), re.M | re.S)[1]
+    return re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
 
 
 @pytest.fixture(scope="session")

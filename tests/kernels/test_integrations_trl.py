@@ -130,6 +130,13 @@ def test_evaluation_and_generation_still_work(strop_trainer, llama_folder, token
     assert type(model).forward is not model.forward.__func__, "the class's own forward must stay as it is"
 
 
+def test_the_readmes_snippet_trains(strop_trainer, llama_folder, tokenizer, tmp_path, readme_examples):
+    usual = build(strop_trainer, llama_folder, tokenizer, str(tmp_path))
+    given = {"model": usual.model, "reward": some_words, "config": usual.args, "dataset": usual.train_dataset}
+    exec(readme_examples[1], names := given | {"tokenizer": tokenizer})
+    assert names["trainer"].state.global_step == 1
+
+
 FAMILIES = {  # name: (config class, what changes the logits)
     "gemma2": ("Gemma2Config", {"final_logit_softcapping": 5.0, "head_dim": 8}),
     "cohere": ("CohereConfig", {"logit_scale": 0.25}),

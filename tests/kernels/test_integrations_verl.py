@@ -194,6 +194,19 @@ def test_worker_loop_equals_plain_torch(agg_mode, monkeypatch):
     assert runs[0][1].norm() > 0.1
 
 
+def test_the_readmes_snippet_runs(readme_examples):
+    batch = random_batch(seed=2)
+    hidden_states, lm_head = torch.randn(BATCH, PROMPT + RESPONSE, HIDDEN), torch.nn.Linear(HIDDEN, VOCAB, bias=False)
+    micro_batch = {
+        "responses": torch.randint(0, VOCAB, (BATCH, RESPONSE)), "attention_mask": torch.ones(BATCH, PROMPT + RESPONSE),
+        "old_log_probs": batch["old_log_prob"], "advantages": batch["advantages"], "response_mask": batch["response_mask"],
+    }  # fmt: skip
+    given = {"hidden_states": hidden_states, "lm_head": lm_head, "micro_batch": micro_batch, "temperature": 0.9}
+    exec(readme_examples[2], names := given | {"config": actor_config()})
+    names["pg_loss"].backward()
+    assert lm_head.weight.grad.norm() > 0 and names["metrics"]["actor/ppo_kl"] != 0
+
+
 def test_unpadded_layout_and_gradients():
     """[1, N] with rolled ids, as use_remove_padding calls the fused head."""
     hidden = torch.randn(1, 12, HIDDEN, dtype=torch.float64, requires_grad=True)
