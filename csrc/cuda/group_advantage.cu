@@ -4,23 +4,16 @@
 // Everything is relative to the sample's own reward: with d_j = r_j - r_i, r_i - mean = -(sum d_j) / n, and the squared
 // deviations are (d_j - sum d / n)^2. Differences of neighbouring floats are exact, so fp32 is enough.
 
-#include "launch.h"
+#include "warp.h"
 
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kSamplesPerBlock = 8;
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 struct Options {
   int scale, baseline, ddof;
   float eps;
 };
-
-__device__ float warp_sum(float value) {
-  for (int lane = kWarp / 2; lane > 0; lane /= 2) value += __shfl_xor_sync(kAllLanes, value, lane);
-  return value;
-}
 
 // Number, sum of d and sum of squared deviations of the finite rewards that a sample is measured against.
 struct Spread {

@@ -1,9 +1,10 @@
 // What every .cu file of this folder includes: the CUDA runtime, or the emulation that runs the same source on the CPU in
-// tests (tests/kernels/emulation). Two spellings make that possible:
+// tests (tests/kernels/emulation). Three spellings make that possible:
 //
 //   STROP_LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...)   for kernel<<<grid, block, shared_bytes, stream>>>(...);
 //                                                                         a kernel<A, B> stands in parentheses
 //   STROP_DYNAMIC_SHARED(type, name)                                      declares `type* name`, the dynamic shared memory
+//   strop_exp2(x)                                                         for assembler
 #pragma once
 
 #include <cstdint>
@@ -23,6 +24,13 @@
 #define STROP_DYNAMIC_SHARED(type, name)                                \
   extern __shared__ __align__(16) unsigned char strop_dynamic_shared[]; \
   type* name = reinterpret_cast<type*>(strop_dynamic_shared)
+
+// 2^x in one instruction, relative error 2^-22; below 2^-126 it is 0. exp2f adds three for those.
+__device__ inline float strop_exp2(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
 #endif
 
 // The last error of the CUDA runtime, for strop_cuda_last_error().

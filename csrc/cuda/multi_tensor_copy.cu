@@ -3,7 +3,7 @@
 // Their descriptions travel as the kernel's argument (sm_70 and later take 32,764 bytes), so nothing is uploaded and a CUDA
 // graph can capture the launch. Each block owns a stretch of one rectangle; a thread has UNROLL loads of up to 32 bytes in
 // flight before its first store.
-#include "launch.h"
+#include "warp.h"
 
 #include <algorithm>
 
@@ -43,21 +43,9 @@ struct Entries {
 };
 static_assert(sizeof(Entries) <= 32764, "kernel arguments are limited to 32,764 bytes");
 
-template <typename T, int N>
-struct alignas(N == 1 ? alignof(T) : 16) Pack {
-  T value[N];
-};
-
 struct alignas(16) Bits16 {
   uint32_t word[4];
 };
-
-__device__ inline float to_float(float value) { return value; }
-__device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
-__device__ inline float to_float(__half value) { return __half2float(value); }
-__device__ inline void from_float(float value, float* out) { *out = value; }
-__device__ inline void from_float(float value, __nv_bfloat16* out) { *out = __float2bfloat16_rn(value); }
-__device__ inline void from_float(float value, __half* out) { *out = __float2half_rn(value); }
 
 template <typename T>
 struct Move {

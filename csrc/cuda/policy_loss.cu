@@ -4,7 +4,7 @@
 // sequences still spread over the device. Where a token's loss depends on the whole sequence, every block that owns a stretch
 // of it sums the sequence by itself: reading it again from L2 is cheaper than a second launch or a wait for other blocks.
 // Each block leaves its metrics in the workspace, and the last one to finish joins them, all in a fixed order.
-#include "launch.h"
+#include "warp.h"
 
 #include "../include/loss_metrics.h"
 
@@ -14,12 +14,10 @@ namespace {
 
 using namespace strop;
 
-constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kStretch = 2 * kThreads;
 constexpr int kMaxBlocks = 512;  // fixed, so that sums have the same order on every device
-constexpr unsigned kAllLanes = 0xffffffffu;
 static_assert(NUM_METRICS == kWarp, "lane i of a warp holds metric i");
 
 struct Workspace {
@@ -58,11 +56,6 @@ __device__ int64_t sequence_owning(const strop_loss_tokens &in, int64_t stretch)
     high = min(high, low + step);
   }
   return low;
-}
-
-__device__ float warp_sum(float value) {
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(kAllLanes, value, lanes);
-  return value;
 }
 
 // The sums of all threads, for all threads.
@@ -105,7 +98,7 @@ __device__ void run_stretch(const Arguments &arguments, int64_t stretch, float *
   const int64_t first = sequence_first + (stretch - first_stretch(in, owner)) * kStretch;
   const int64_t last = min(first + kStretch, sequence_last);
 
-  Sequence sequence;
+  Sequence sequence = neutral_sequence();
   const bool is_sequence = owner < in.num_sequences, opens = is_sequence && first == sequence_first;
   if (opens || (is_sequence && first < last && needs_sequences(code))) {
     const SequenceSums sums = in.sequence_stats ? given_sums(in.sequence_stats + owner * 6)

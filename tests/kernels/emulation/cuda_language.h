@@ -154,6 +154,7 @@ inline float __log2f(float value) { return std::log2(value); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __frcp_rn(float value) { return 1.0f / value; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float strop_exp2(float value) { return std::exp2(value); }
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 
 // 16-bit floats.
