@@ -70,16 +70,20 @@ build() {
         "$python" -c 'import sys, torch; print(*filter(None, sys.path[1:]), sep="\n")' |
         grep -E 'site-packages|dist-packages' >"$("$scratch/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth" &&
         { [ -z "${STROP_WHEELS:-}" ] || "$python" -m pip --python "$scratch/venv/bin/python" install --quiet --no-deps "$STROP_WHEELS"/*.whl; } &&
-        STROP_BUILD=strict "$python" -m pip --python "$scratch/venv/bin/python" install --no-build-isolation --no-deps --editable . &&
+        "$python" -m pip --python "$scratch/venv/bin/python" install --no-build-isolation --no-deps --editable . &&
         cat kernels/_native/build.txt &&
         (cd / && "$scratch/venv/bin/python" -c "
 import sys
 from strop.kernels import native
 absent = [kind for kind in sys.argv[1:] if native.library(kind) is None]
-sys.exit(f'not built: {absent}' if absent else 0)" cpu ${on_cpu:-cuda})
+sys.exit(f'not built: {absent}' if absent else 0)" $libraries)
 }
 export -f build
-export python scratch on_cpu
+export python scratch libraries=cpu STROP_BUILD=strict
+if [ -z "$on_cpu" ]; then
+    libraries="cpu cuda"
+    export STROP_FORCE_CUDA=1  # by nvcc, whether or not the GPU shows in /dev
+fi
 
 why=
 if [ -z "$on_cpu" ]; then
