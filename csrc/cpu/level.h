@@ -7,6 +7,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <algorithm>
+
 #include "../include/strop.h"
 
 // The arguments of strop_cpu_logit_gradient behind the first.
@@ -17,15 +19,12 @@ struct StropGradient {
   int64_t out_stride;
 };
 
-namespace strop {
-struct Sequence;
-}
-
-// The policy loss under one policy, over tokens [first, last) of one sequence. sums [6] and metrics are added to.
+// The policy loss under one policy: of the tokens [first, last) of one sequence their sums [6], which are added to; and the
+// losses of any tokens, with the sums [num_sequences][6] of all sequences.
 struct StropPolicyLoss {
   void (*sequence_sums)(const strop_loss_tokens &, const strop_loss_code &, int64_t first, int64_t last, double *sums);
-  void (*token_losses)(const strop_loss_tokens &, const strop_loss_code &, const strop::Sequence &, int64_t first,
-                       int64_t last, double *metrics, float *d_logprob, float *d_entropy);
+  void (*token_losses)(const strop_loss_tokens &, const strop_loss_code &, const float *sums, int64_t first, int64_t last,
+                       double *metrics, float *d_logprob, float *d_entropy);
 };
 
 struct StropKernels {

@@ -30,7 +30,8 @@ class PolicyLossCall {
     std::vector<ChunkMetrics> chunks((count + kChunk - 1) / kChunk);
     in_parallel(static_cast<int64_t>(chunks.size()), 1, [&](int64_t first, int64_t last) {
       for (int64_t chunk = first; chunk < last; ++chunk)
-        run_chunk(chunk * kChunk, std::min(count, (chunk + 1) * kChunk), chunks[chunk].values, d_logprob, d_entropy);
+        kernels.token_losses(tokens, code, sums.data(), chunk * kChunk, std::min(count, (chunk + 1) * kChunk),
+                             chunks[chunk].values, d_logprob, d_entropy);
     });
     join(chunks, loss, metrics);
   }
@@ -44,44 +45,24 @@ class PolicyLossCall {
   void find_sequences() {
     if (!tokens.cu_seqlens) return;
     const int64_t count = tokens.num_sequences;
-    sequences.resize(count);
-    nonempty.resize(count);
+    sums.resize(count * 6);
+    if (tokens.sequence_stats) {
+      std::copy(tokens.sequence_stats, tokens.sequence_stats + count * 6, sums.begin());
+      return;
+    }
     const int64_t at_once = count * kChunk / std::max<int64_t>(tokens.num_tokens, 1) + 1;
     in_parallel(count, at_once, [&](int64_t first, int64_t last) {
-      for (int64_t s = first; s < last; ++s) {
-        const strop::SequenceSums sums = sums_of(s);
-        sequences[s] = strop::sequence_of(sums, code);
-        nonempty[s] = sums.tokens > 0;
-      }
+      for (int64_t s = first; s < last; ++s) add_up(bound(s), bound(s + 1), &sums[s * 6]);
     });
   }
 
-  strop::SequenceSums sums_of(int64_t sequence) const {
-    if (const float *given = tokens.sequence_stats) {
-      given += sequence * 6;
-      return {given[0], given[1], given[2], given[3], given[4], given[5]};
-    }
-    const int64_t first = bound(sequence), last = bound(sequence + 1);
-    double sums[6] = {};
+  void add_up(int64_t first, int64_t last, float *into) const {
+    double total[6] = {};
     if (strop::needs_sequence_sums(code))
-      kernels.sequence_sums(tokens, code, first, last, sums);
+      kernels.sequence_sums(tokens, code, first, last, total);
     else
-      for (int64_t t = first; t < last; ++t) sums[0] += tokens.mask[t] != 0;
-    return {static_cast<float>(sums[0]), static_cast<float>(sums[1]), static_cast<float>(sums[2]),
-            static_cast<float>(sums[3]), static_cast<float>(sums[4]), static_cast<float>(sums[5])};
-  }
-
-  void run_chunk(int64_t first, int64_t last, double *metrics, float *d_logprob, float *d_entropy) const {
-    std::fill(d_logprob + first, d_logprob + last, 0.0f);  // outside the mask and in the padding
-    if (d_entropy) std::fill(d_entropy + first, d_entropy + last, 0.0f);
-    for (int metric = 0; metric < strop::NUM_METRICS; ++metric) metrics[metric] = strop::identity(metric);
-    if (!tokens.cu_seqlens) return kernels.token_losses(tokens, code, {}, first, last, metrics, d_logprob, d_entropy);
-    const int64_t *ends = tokens.cu_seqlens + 1;
-    for (int64_t s = std::upper_bound(ends, ends + tokens.num_sequences, first) - ends; s < tokens.num_sequences; ++s) {
-      const int64_t start = std::max(first, bound(s)), stop = std::min(last, bound(s + 1));
-      if (start >= last) break;
-      kernels.token_losses(tokens, code, sequences[s], start, stop, metrics, d_logprob, d_entropy);
-    }
+      for (int64_t t = first; t < last; ++t) total[0] += tokens.mask[t] != 0;
+    std::copy(total, total + 6, into);
   }
 
   void join(const std::vector<ChunkMetrics> &chunks, float *loss, float *metrics) const {
@@ -94,7 +75,7 @@ class PolicyLossCall {
                                           : strop::joined(metric, static_cast<float>(value), static_cast<float>(other));
       }
     }
-    all.values[strop::SEQUENCES] = std::count(nonempty.begin(), nonempty.end(), 1);
+    for (int64_t s = 0; s < tokens.num_sequences; ++s) all.values[strop::SEQUENCES] += sums[s * 6] > 0;
     all.values[strop::LOSS] =
         all.values[strop::POLICY_LOSS] + all.values[strop::KL_LOSS] + all.values[strop::ENTROPY_LOSS];
     std::transform(all.values, all.values + strop::NUM_METRICS, metrics, [](double value) { return static_cast<float>(value); });
@@ -104,17 +85,22 @@ class PolicyLossCall {
   const strop_loss_tokens &tokens;
   const strop_loss_code &code;
   const StropPolicyLoss &kernels;
-  std::vector<strop::Sequence> sequences;
-  std::vector<uint8_t> nonempty;
+  std::vector<float> sums;  // [num_sequences][6]
 };
+
+bool is_sound(const strop_loss_tokens &tokens, const strop_loss_code &code, const float *d_entropy) {
+  const bool sizes = tokens.num_tokens >= 0 && tokens.num_sequences >= 0 && (tokens.cu_seqlens || tokens.num_sequences == 0);
+  const bool sequences = tokens.cu_seqlens || (!strop::needs_sequences(code) && !tokens.sequence_stats);
+  const bool sources = (tokens.rollout_logprob || (code.correction == strop::NO_CORRECTION && !code.has_opsm)) &&
+                       (tokens.ref_logprob || code.kl_coef == 0) && ((tokens.entropy && d_entropy) || code.entropy_coef == 0);
+  return strop::is_known(code) && sizes && sequences && sources;
+}
 
 }  // namespace
 
 extern "C" int strop_cpu_policy_loss(const strop_loss_tokens *tokens, const strop_loss_code *code, float *loss, float *metrics,
                                      float *d_logprob, float *d_entropy) {
-  if (tokens->num_tokens < 0 || tokens->num_sequences < 0 || !strop::is_known(*code) ||
-      (!tokens->cu_seqlens && (strop::needs_sequences(*code) || tokens->num_sequences > 0)))
-    return STROP_BAD_ARGUMENT;
+  if (!is_sound(*tokens, *code, d_entropy)) return STROP_BAD_ARGUMENT;
   try {
     PolicyLossCall(*tokens, *code).run(loss, metrics, d_logprob, d_entropy);
   } catch (const std::bad_alloc &) {

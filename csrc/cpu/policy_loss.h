@@ -1,18 +1,50 @@
-// The policy loss over runs of tokens of one sequence. The loss of one token is csrc/include/loss_terms.h, which the CUDA
-// kernel shares; here its exponentials are those of simd.h: inlined and without branches, several tokens run at once.
+// The policy loss, kLanes tokens at once. The loss of a token is csrc/include/loss_terms.h, which the CUDA kernel shares; here
+// its numbers are vectors.
 #pragma once
+
+#include <algorithm>
 
 #include "level.h"
 #include "simd.h"
 
-#define STROP_LOSS_EXP exp_of
-#define STROP_LOSS_EXPM1 expm1_of
-#define STROP_LOSS_LOG logf
-#include "../include/loss_metrics.h"
-
 namespace {
 
-constexpr int kTokensInFp32 = 128;  // metrics are added up in fp32 over so many tokens, in fp64 over more
+inline F log_of(F x) {  // for one policy's rare use: lane by lane
+  for (int i = 0; i < kLanes; ++i) x[i] = logf(x[i]);
+  return x;
+}
+
+// `count` tokens from `first` on, of which those in the mask are inside; the others read as 0.
+struct Lanes {
+  int64_t first;
+  int count;
+  I inside;
+
+  Lanes(const uint8_t *mask, int64_t first, int64_t last) : first(first) {
+    count = last - first < kLanes ? static_cast<int>(last - first) : kLanes;
+    inside = load_flags(mask + first, count);
+  }
+};
+
+inline F read(const float *array, const Lanes &at) {
+  const F x = at.count == kLanes ? Fp32::load(array + at.first) : load_some<Fp32>(array + at.first, at.count);
+  return at.inside ? x : F{};
+}
+
+inline void write(float *array, const Lanes &at, F x) {
+  const F values = at.inside ? x : F{};
+  if (at.count == kLanes)
+    Fp32::store(array + at.first, values);
+  else
+    store_some<Fp32>(array + at.first, values, at.count);
+}
+
+#define STROP_LOSS_REAL F
+#define STROP_LOSS_FLAG I
+#define STROP_LOSS_EXP exp_of
+#define STROP_LOSS_EXPM1 expm1_of
+#define STROP_LOSS_LOG log_of
+#include "../include/loss_metrics.h"  // inside this namespace: another level's vectors are another type
 
 // A copy of the code in which the compiler knows the policy.
 template <int kPolicy>
@@ -21,49 +53,87 @@ strop_loss_code with_policy(strop_loss_code code) {
   return code;
 }
 
+// Sums of the tokens [first, last), in fp32 over 64 vectors, in fp64 over more.
 template <int kPolicy>
-void sequence_sums_of(const strop_loss_tokens &tokens, const strop_loss_code &any_code, int64_t first, int64_t last,
-                      double *sums) {
+void sequence_sums(const strop_loss_tokens &tokens, const strop_loss_code &any_code, int64_t first, int64_t last, double *sums) {
   const strop_loss_code code = with_policy<kPolicy>(any_code);
-  for (int64_t t = first; t < last; ++t) {
-    if (!tokens.mask[t]) continue;
-    const strop::SequenceSums own = strop::sequence_sums(strop::policy_inputs(tokens, t), code);
-    sums[0] += own.tokens;
-    sums[1] += own.log_ratio;
-    sums[2] += own.rollout_gap;
-    sums[3] += own.rollout_drift;
-    sums[4] += own.advantage_up;
-    sums[5] += own.advantage_down;
+  while (first < last) {
+    const int64_t stop = std::min<int64_t>(last, first + 64 * kLanes);
+    F some[6] = {};
+    for (; first < stop; first += kLanes) {
+      const Lanes at(tokens.mask, first, stop);
+      const strop::SequenceSums own = strop::sequence_sums(strop::policy_inputs(tokens, at), code);
+      const F fields[6] = {own.tokens, own.log_ratio, own.rollout_gap, own.rollout_drift, own.advantage_up, own.advantage_down};
+      for (int field = 0; field < 6; ++field) some[field] += at.inside ? fields[field] : F{};
+    }
+    for (int field = 0; field < 6; ++field) sums[field] += sum_of(some[field]);
+    first = stop;
   }
 }
 
+// What the tokens of a sequence with these sums [6] share; without sums, that of a call without sequences.
+inline strop::Sequence sequence_of(const float *sums, const strop_loss_code &code) {
+  if (!sums) return strop::neutral_sequence();
+  return strop::sequence_of({all(sums[0]), all(sums[1]), all(sums[2]), all(sums[3]), all(sums[4]), all(sums[5])}, code);
+}
+
+// Losses of the tokens [first, last) of one sequence.
 template <int kPolicy>
-void token_losses(const strop_loss_tokens &tokens, const strop_loss_code &any_code, const strop::Sequence &sequence,
-                  int64_t first, int64_t last, double *metrics, float *d_logprob, float *d_entropy) {
+void run_losses(const strop_loss_tokens &tokens, const strop_loss_code &code, const float *sums, int64_t first, int64_t last,
+                F *metrics, float *d_logprob, float *d_entropy) {
+  const strop::Sequence sequence = sequence_of(sums, code);
+  const F share = 1.0f / *tokens.denominator / (code.divide_by_length ? sequence.length : all(1.0f));
+  for (; first < last; first += kLanes) {
+    const Lanes at(tokens.mask, first, last);
+    const strop::Token token = strop::all_inputs(tokens, at);
+    const strop::TokenTerms terms = strop::token_terms(token, sequence, code);
+    write(d_logprob, at, share * terms.d_logprob);
+    if (d_entropy) write(d_entropy, at, -share * code.entropy_coef);
+    F own[strop::NUM_METRICS];
+    strop::clear(own);
+    strop::add_token(token, terms, share, tokens, code, own);
+    for (int metric = 0; metric < strop::NUM_METRICS; ++metric)
+      metrics[metric] = strop::joined(metric, metrics[metric], at.inside ? own[metric] : all(strop::identity(metric)));
+  }
+}
+
+// Losses of the tokens [first, last): metrics [NUM_METRICS] are those of them alone. sums: [num_sequences][6] or NULL.
+template <int kPolicy>
+void token_losses(const strop_loss_tokens &tokens, const strop_loss_code &any_code, const float *sums, int64_t first,
+                  int64_t last, double *metrics, float *d_logprob, float *d_entropy) {
   const strop_loss_code code = with_policy<kPolicy>(any_code);
-  const float share = 1.0f / *tokens.denominator / (code.divide_by_length ? sequence.length : 1.0f);
-  for (int64_t start = first; start < last; start += kTokensInFp32) {
-    const int64_t stop = last - start < kTokensInFp32 ? last : start + kTokensInFp32;
-    float some[strop::NUM_METRICS];
-    strop::clear(some);
-    for (int64_t t = start; t < stop; ++t) {
-      if (!tokens.mask[t]) continue;
-      const strop::Token token = strop::all_inputs(tokens, t);
-      const strop::TokenTerms terms = strop::token_terms(token, sequence, code);
-      d_logprob[t] = share * terms.d_logprob;
-      if (d_entropy) d_entropy[t] = -share * code.entropy_coef;
-      strop::add_token(token, terms, share, tokens, code, some);
+  F totals[strop::NUM_METRICS];
+  strop::clear(totals);
+  if (!tokens.cu_seqlens) {
+    run_losses<kPolicy>(tokens, code, nullptr, first, last, totals, d_logprob, d_entropy);
+    first = last;
+  } else {
+    const int64_t *ends = tokens.cu_seqlens + 1;
+    for (int64_t s = std::upper_bound(ends, ends + tokens.num_sequences, first) - ends; s < tokens.num_sequences; ++s) {
+      const int64_t stop = std::clamp(ends[s], first, last);
+      run_losses<kPolicy>(tokens, code, sums + s * 6, first, stop, totals, d_logprob, d_entropy);
+      if ((first = stop) == last) break;
     }
-    for (int metric = 0; metric < strop::RATIO_MIN; ++metric) metrics[metric] += some[metric];
-    for (int metric = strop::RATIO_MIN; metric < strop::NUM_METRICS; ++metric)
-      metrics[metric] = strop::joined(metric, static_cast<float>(metrics[metric]), some[metric]);
+  }
+  std::fill(d_logprob + first, d_logprob + last, 0.0f);  // padding
+  if (d_entropy) std::fill(d_entropy + first, d_entropy + last, 0.0f);
+  for (int metric = 0; metric < strop::NUM_METRICS; ++metric) {
+    const F total = totals[metric];
+    double value = total[0];
+    for (int i = 1; i < kLanes; ++i) {
+      if (metric < strop::RATIO_MIN)
+        value += total[i];
+      else
+        value = strop::joined(metric, all(static_cast<float>(value)), all(total[i]))[0];
+    }
+    metrics[metric] = value;
   }
 }
 
 constexpr StropPolicyLoss kPolicyLosses[strop::NUM_POLICIES] = {
-    {sequence_sums_of<0>, token_losses<0>}, {sequence_sums_of<1>, token_losses<1>}, {sequence_sums_of<2>, token_losses<2>},
-    {sequence_sums_of<3>, token_losses<3>}, {sequence_sums_of<4>, token_losses<4>}, {sequence_sums_of<5>, token_losses<5>},
-    {sequence_sums_of<6>, token_losses<6>}, {sequence_sums_of<7>, token_losses<7>},
+    {sequence_sums<0>, token_losses<0>}, {sequence_sums<1>, token_losses<1>}, {sequence_sums<2>, token_losses<2>},
+    {sequence_sums<3>, token_losses<3>}, {sequence_sums<4>, token_losses<4>}, {sequence_sums<5>, token_losses<5>},
+    {sequence_sums<6>, token_losses<6>}, {sequence_sums<7>, token_losses<7>},
 };
 
 }  // namespace

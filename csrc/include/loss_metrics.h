@@ -22,20 +22,22 @@ STROP_HOST_DEVICE float identity(int metric) {
 }
 
 /* Joins a metric of two batches. */
-STROP_HOST_DEVICE float joined(int metric, float x, float y) {
+STROP_HOST_DEVICE Real joined(int metric, Real x, Real y) {
   return metric < RATIO_MIN ? x + y : metric < RATIO_MAX ? smaller(x, y) : larger(x, y);
 }
 
-STROP_HOST_DEVICE void clear(float *metrics) {
-  for (int metric = 0; metric < NUM_METRICS; ++metric) metrics[metric] = identity(metric);
+STROP_HOST_DEVICE void clear(Real *metrics) {
+  for (int metric = 0; metric < NUM_METRICS; ++metric) metrics[metric] = real(identity(metric));
 }
 
+STROP_HOST_DEVICE Flag is_finite(Real x) { return x - x == 0; }
+
 /* One trainable token into metrics [NUM_METRICS]; LOSS is left to the end, SEQUENCES to whoever knows the sequences. */
-STROP_HOST_DEVICE void add_token(const Token &token, const TokenTerms &terms, float share, const strop_loss_tokens &given,
-                                 const strop_loss_code &code, float *metrics) {
-  const float difference = token.logprob - token.old_logprob;
-  const bool finite = isfinite(token.logprob) && isfinite(token.old_logprob) && isfinite(token.advantage) &&
-                      isfinite(token.rollout_logprob) && isfinite(token.ref_logprob) && isfinite(token.entropy);
+STROP_HOST_DEVICE void add_token(const Token &token, const TokenTerms &terms, Real share, const strop_loss_tokens &given,
+                                 const strop_loss_code &code, Real *metrics) {
+  const Real difference = token.logprob - token.old_logprob;
+  const Flag finite = is_finite(token.logprob) && is_finite(token.old_logprob) && is_finite(token.advantage) &&
+                      is_finite(token.rollout_logprob) && is_finite(token.ref_logprob) && is_finite(token.entropy);
   metrics[TOKENS] += 1.0f;
   metrics[NONFINITE] += finite ? 0.0f : 1.0f;
   metrics[POLICY_LOSS] += share * terms.policy.loss;
@@ -49,9 +51,9 @@ STROP_HOST_DEVICE void add_token(const Token &token, const TokenTerms &terms, fl
   metrics[RATIO_MAX] = larger(metrics[RATIO_MAX], terms.policy.ratio);
   metrics[OLD_K1_SUM] -= difference;
   metrics[OLD_K3_SUM] += k3(difference);
-  metrics[LOG_RATIO_ABS_SUM] += fabsf(difference);
-  metrics[LOG_RATIO_ABS_MAX] = larger(metrics[LOG_RATIO_ABS_MAX], fabsf(difference));
-  metrics[LOG_RATIO_LIMITED] += fabsf(difference) > code.log_ratio_limit ? 1.0f : 0.0f;
+  metrics[LOG_RATIO_ABS_SUM] += magnitude(difference);
+  metrics[LOG_RATIO_ABS_MAX] = larger(metrics[LOG_RATIO_ABS_MAX], magnitude(difference));
+  metrics[LOG_RATIO_LIMITED] += magnitude(difference) > code.log_ratio_limit ? 1.0f : 0.0f;
   if (given.ref_logprob) {
     metrics[REF_TOKENS] += 1.0f;
     metrics[REF_KL_SUM] += terms.kl.value;
@@ -61,7 +63,7 @@ STROP_HOST_DEVICE void add_token(const Token &token, const TokenTerms &terms, fl
     metrics[ENTROPY_SUM] += token.entropy;
   }
   if (given.rollout_logprob) {
-    const float gap = fabsf(token.old_logprob - token.rollout_logprob), weight = terms.weight.value;
+    const Real gap = magnitude(token.old_logprob - token.rollout_logprob), weight = terms.weight.value;
     metrics[ROLLOUT_TOKENS] += 1.0f;
     metrics[ROLLOUT_GAP_ABS_SUM] += gap;
     metrics[ROLLOUT_GAP_ABS_MAX] = larger(metrics[ROLLOUT_GAP_ABS_MAX], gap);

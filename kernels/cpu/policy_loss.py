@@ -29,7 +29,7 @@ def policy_loss(
     )
     loss, metrics = logprob_T.new_empty(()), logprob_T.new_empty(len(METRIC_FIELDS))
     d_logprob_T = torch.empty_like(logprob_T)
-    d_entropy_T = torch.empty_like(entropy_T) if code.entropy_coef else None
+    d_entropy_T = torch.empty_like(logprob_T) if code.entropy_coef else None
     outputs = (address(tensor) for tensor in (loss, metrics, d_logprob_T, d_entropy_T))
     native.call("policy_loss", ctypes.byref(tokens), ctypes.byref(FlatLossCode(*code)), *outputs)
     return loss, metrics, d_logprob_T, d_entropy_T
