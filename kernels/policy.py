@@ -226,7 +226,7 @@ def _backward(ctx, upstream: Tensor, *_):
     gradients = [None] * len(ctx.needs_input_grad)
     if ctx.needs_input_grad[LOGPROB]:
         gradients[LOGPROB] = upstream * d_logprob
-    if ctx.needs_input_grad[ENTROPY] and len(d_entropy):
+    if ctx.needs_input_grad[ENTROPY] and d_entropy.shape == d_logprob.shape:
         gradients[ENTROPY] = upstream * d_entropy
     return tuple(gradients)
 
