@@ -5,10 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import native
 from .checks import INDEX, STATISTICS, check_tensor, values_may_be_read
-from .reference.group_advantage import group_advantage as reference
-from .specs import AdvantageSpec
+from .dispatch import define_op, form
+from .specs import AdvantageSpec, Baseline, Scale
+
+AVAILABLE = ("reference", "triton", "cuda", "cpu")
 
 ADVANTAGE_COUNTS = ("rewards", "nonfinite_rewards", "groups", "constant_groups")
 """Names of the counts: finite rewards; NaN or inf ones; groups with a finite reward; those of them with equal rewards only."""
@@ -29,8 +30,9 @@ def group_advantage(rewards: Tensor, group_index: Tensor, spec: AdvantageSpec) -
         with spec.scale "batch" so must the batch.
     A group of equal rewards (or a single one) gets 0 and is counted, whatever eps.
 
-    fp32 on a CPU runs the C++ library where it is installed (same bits as the reference). No host sync elsewhere. Raises
-    ValueError or TypeError naming the argument; group_index values are checked on a CPU and under STROP_KERNELS_DEBUG=1.
+    Not differentiable: rewards are read as constants. On a CPU fp32 has the same bits in C++ and in the reference; elsewhere
+    there is no host sync. Raises ValueError or TypeError naming the argument; group_index values are checked on a CPU and
+    under STROP_KERNELS_DEBUG=1.
     """
     check_tensor("rewards", rewards, STATISTICS)
     if rewards.dim() != 1:
@@ -41,7 +43,24 @@ def group_advantage(rewards: Tensor, group_index: Tensor, spec: AdvantageSpec) -
         if low < 0 or high >= len(rewards):
             wrong = low if low < 0 else high
             raise ValueError(f"group_index holds {wrong}, not in 0..{len(rewards) - 1}: number the groups from 0")
-    rewards = rewards.detach()
-    if native.is_chosen(rewards):
-        return GroupAdvantage(*native.group_advantage(rewards, group_index, spec))
-    return GroupAdvantage(*reference(rewards, group_index, spec))
+    return GroupAdvantage(*_group_advantage(rewards.detach(), group_index, spec.baseline, spec.scale, spec.ddof, spec.eps))
+
+
+def _run(
+    rewards: Tensor, group_index: Tensor, baseline: Baseline, scale: Scale, ddof: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    spec = AdvantageSpec(baseline=baseline, scale=scale, ddof=ddof, eps=eps)
+    return form("group_advantage", rewards, AVAILABLE).group_advantage(rewards, group_index, spec)
+
+
+def _fake(rewards: Tensor, group_index: Tensor, *spec) -> tuple[Tensor, Tensor]:
+    return rewards.new_empty(rewards.shape), group_index.new_empty(len(ADVANTAGE_COUNTS))
+
+
+_group_advantage = define_op(
+    "group_advantage(Tensor rewards, Tensor group_index, str baseline, str scale, int ddof, float eps)"
+    " -> (Tensor advantages, Tensor counts)",
+    _run,
+    _fake,
+    why_no_gradient="advantages are constants of the loss",
+)

@@ -1,11 +1,4 @@
-"""The compiled kernels of csrc/, loaded with ctypes: they depend neither on torch's nor on Python's version.
-
-Which implementation runs follows from the device of the tensors and one variable, STROP_KERNELS:
-    auto (or unset)  the compiled kernel where its library is installed and takes the dtype, else the torch reference
-    reference        the torch reference, everywhere
-    native           the compiled kernel; an error where the library is missing or doesn't take the arguments
-    triton           the Triton kernel; an error where there is none or it doesn't take the arguments
-"""
+"""The compiled kernels of csrc/, loaded with ctypes: they depend neither on torch's nor on Python's version."""
 
 import ctypes
 import functools
@@ -13,16 +6,11 @@ import os
 from pathlib import Path
 
 import torch
-from torch import Tensor
-
-from .specs import AdvantageSpec
 
 FOLDER = Path(__file__).parent / "_native"
 ABI_VERSION = 3
 """STROP_ABI_VERSION of csrc/include/strop.h."""
 CHOICES = ("auto", "reference", "native", "triton")
-SCALES = {"group": 0, "batch": 1, "none": 2}
-BASELINES = {"mean": 0, "leave-one-out": 1}
 
 
 def choice() -> str:
@@ -62,8 +50,8 @@ def launch(function: str, device: torch.device, *arguments: ctypes._SimpleCData)
         check(kernels, function, getattr(kernels, f"strop_cuda_{function}")(*arguments, stream))
 
 
-def call(function: str, *arguments: ctypes._SimpleCData) -> None:
-    """Call strop_cpu_<function>; RuntimeError if it fails."""
+def call(function: str, *arguments: object) -> None:
+    """Call strop_cpu_<function> with ctypes' own types; RuntimeError if it fails."""
     if status := getattr(library("cpu"), f"strop_cpu_{function}")(*arguments):
         raise RuntimeError(f"strop_cpu_{function} failed with status {status} (csrc/include/strop.h)")
 
@@ -73,51 +61,3 @@ def check(kernels: ctypes.CDLL, function: str, status: int) -> None:
     if status:
         detail = f"CUDA error {kernels.strop_cuda_last_error()}"
         raise RuntimeError(f"strop_cuda_{function} failed with status {status}, {detail} (csrc/include/strop.h)")
-
-
-def is_chosen(rewards: Tensor) -> bool:
-    """Whether the compiled group_advantage serves this tensor."""
-    chosen = choice()
-    if chosen == "triton":
-        raise ValueError("STROP_KERNELS=triton: group_advantage has no Triton form; choose native or reference")
-    if chosen == "reference":
-        return False
-    available = library(rewards.device.type) if rewards.device.type in ("cpu", "cuda") else None
-    if chosen == "native" and available is None:
-        raise RuntimeError(
-            f"STROP_KERNELS=native, but strop_{rewards.device.type}.so is not in {FOLDER} (its build.txt says why): "
-            "install strop again with a compiler, or unset STROP_KERNELS"
-        )
-    if chosen == "native" and rewards.dtype != torch.float32:
-        raise TypeError(f"STROP_KERNELS=native takes float32 rewards, got {rewards.dtype}: convert them or unset the variable")
-    return available is not None and rewards.dtype == torch.float32
-
-
-def group_advantage(rewards: Tensor, group_index: Tensor, spec: AdvantageSpec) -> tuple[Tensor, Tensor]:
-    """`strop.kernels.group_advantage` by the compiled kernel; rewards fp32 [N], group_index int64 [N] in 0..N-1."""
-    kind = rewards.device.type
-    rewards, group_index = rewards.contiguous(), group_index.contiguous()
-    advantages = torch.empty_like(rewards)
-    counts = torch.empty(4, dtype=torch.int64, device=rewards.device)
-    arguments = [
-        ctypes.c_void_p(rewards.data_ptr()),
-        ctypes.c_void_p(group_index.data_ptr()),
-        ctypes.c_int64(len(rewards)),
-        ctypes.c_int(SCALES[spec.scale]),
-        ctypes.c_int(BASELINES[spec.baseline]),
-        ctypes.c_int(spec.ddof),
-        ctypes.c_double(spec.eps),
-        ctypes.c_void_p(advantages.data_ptr()),
-        ctypes.c_void_p(counts.data_ptr()),
-    ]
-    kernels = library(kind)
-    if kind == "cpu":
-        status = kernels.strop_cpu_group_advantage(*arguments)
-    else:
-        with torch.cuda.device(rewards.device):
-            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-            status = kernels.strop_cuda_group_advantage(*arguments, stream)
-    if status:
-        detail = f", CUDA error {kernels.strop_cuda_last_error()}" if kind == "cuda" else ""
-        raise RuntimeError(f"strop_{kind}_group_advantage failed with status {status}{detail} (csrc/include/strop.h)")
-    return advantages, counts

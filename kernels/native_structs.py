@@ -4,11 +4,13 @@ A struct holds addresses, not tensors: those it was made from are kept in its at
 """
 
 import ctypes
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from .loss_code import NUM_CHOICES, LossCode
+from .specs import AdvantageSpec, Baseline, Scale
 
 TYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 """strop_type; any other dtype is 0, plain bits."""
@@ -106,3 +108,9 @@ def loss_tokens(
     )
     tokens.tensors = tuple(given.values())
     return tokens
+
+
+def advantage_options(spec: AdvantageSpec) -> tuple[ctypes._SimpleCData, ...]:
+    """scale, baseline, ddof and eps of strop_cpu_group_advantage; strop_scale and strop_baseline count like specs.py."""
+    scale, baseline = get_args(Scale).index(spec.scale), get_args(Baseline).index(spec.baseline)
+    return ctypes.c_int(scale), ctypes.c_int(baseline), ctypes.c_int(spec.ddof), ctypes.c_double(spec.eps)

@@ -1,10 +1,7 @@
 """`group_advantage` against each convention's formula, and the compiled kernels against the reference."""
 
-import ctypes
 import math
 import re
-import shutil
-import subprocess
 from itertools import product
 from pathlib import Path
 
@@ -13,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import strop.kernels.native as native
-from strop.kernels import ADVANTAGE_COUNTS, AdvantageSpec, group_advantage
+from strop.kernels import ADVANTAGE_COUNTS, AdvantageSpec, group_advantage, native
+from strop.kernels.cpu import group_advantage as cpu
+from strop.kernels.cuda import group_advantage as cuda
 
 ROOT = Path(__file__).parents[2]
 SPECS = [
@@ -97,33 +95,13 @@ def test_equal_rewards_give_zero_not_rounding_noise():
     assert counts.tolist() == [11, 0, 3, 2]
 
 
-@pytest.fixture(scope="session")
-def cpu_library(tmp_path_factory) -> Path:
-    """csrc/cpu compiled as setup.py does, for the case that strop was installed without a compiler."""
-    installed = native.FOLDER / "strop_cpu.so"
-    if installed.exists():
-        return native.FOLDER
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++, or strop installed with one")
-    folder = tmp_path_factory.mktemp("native")
-    sources = [str(path) for path in (ROOT / "csrc/cpu").glob("*.cpp")]
-    flags = ["-std=c++17", "-O3", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared"]
-    subprocess.run(["g++", *flags, *sources, "-o", str(folder / "strop_cpu.so")], check=True)
-    return folder
-
-
 @pytest.fixture
-def native_cpu(cpu_library, monkeypatch):
-    """STROP_KERNELS=native with the compiled library in place."""
-    monkeypatch.setattr(native, "FOLDER", cpu_library)
-    monkeypatch.setenv("STROP_KERNELS", "native")
-    native.library.cache_clear()
-    yield
-    native.library.cache_clear()
+def compiled_for_cpu():
+    if native.library("cpu") is None:
+        pytest.skip(native.why_missing("cpu"))
 
 
-def test_compiled_cpu_kernel_has_the_bits_of_the_reference(native_cpu, monkeypatch):
-    torch.manual_seed(0)
+def test_compiled_cpu_kernel_has_the_bits_of_the_reference(compiled_for_cpu, monkeypatch):
     for size in (0, 1, 7, 500):
         rewards = torch.randn(size).round(decimals=1)
         rewards[torch.rand(size) < 0.05] = math.nan
@@ -139,54 +117,41 @@ def test_compiled_cpu_kernel_has_the_bits_of_the_reference(native_cpu, monkeypat
                 assert torch.equal(got.counts, reference.counts)
 
 
-def test_the_implementation_is_chosen_by_device_dtype_and_one_variable(native_cpu, monkeypatch, tmp_path):
-    rewards, groups = torch.tensor([1.0, 0.0]), torch.tensor([0, 0])
-    assert native.is_chosen(rewards)
-    with pytest.raises(TypeError, match=r"STROP_KERNELS=native takes float32 rewards, got torch.float64"):
-        group_advantage(rewards.double(), groups, AdvantageSpec())
-    monkeypatch.setenv("STROP_KERNELS", "auto")
-    assert native.is_chosen(rewards) and not native.is_chosen(rewards.double())
-    monkeypatch.setenv("STROP_KERNELS", "reference")
-    assert not native.is_chosen(rewards)
-    monkeypatch.setenv("STROP_KERNELS", "fast")
-    with pytest.raises(ValueError, match="STROP_KERNELS=fast: choose from auto, reference, native"):
-        group_advantage(rewards, groups, AdvantageSpec())
-
-    monkeypatch.setattr(native, "FOLDER", tmp_path)
-    native.library.cache_clear()
-    monkeypatch.delenv("STROP_KERNELS")
-    assert group_advantage(rewards, groups, AdvantageSpec()).advantages.tolist() == [1, -1]
-    monkeypatch.setenv("STROP_KERNELS", "native")
-    with pytest.raises(RuntimeError, match=r"strop_cpu.so is not in .*install strop again with a compiler"):
-        group_advantage(rewards, groups, AdvantageSpec())
+def test_it_is_an_op_without_gradient(compiled_for_cpu):
+    rewards, groups = torch.tensor([1.0, 0.0, 3.0], requires_grad=True), torch.tensor([0, 0, 0])
+    assert not group_advantage(rewards, groups, AdvantageSpec()).advantages.requires_grad
+    op = torch.ops.strop.group_advantage.default
+    options = ("mean", "group", 0, 0.0)
+    with pytest.raises(RuntimeError, match="has no gradient: advantages are constants of the loss"):
+        op(rewards, groups, *options)[0].sum().backward()
+    torch.library.opcheck(op, (rewards.detach(), groups, *options))
+    compiled = torch.compile(group_advantage, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(rewards, groups, AdvantageSpec()), group_advantage(rewards, groups, AdvantageSpec()))
 
 
-def test_the_library_of_another_version_is_refused(native_cpu, monkeypatch):
+def test_the_library_of_another_version_is_refused(compiled_for_cpu, monkeypatch):
     header = (ROOT / "csrc/include/strop.h").read_text()
     assert int(re.search(r"STROP_ABI_VERSION (\d+)", header)[1]) == native.ABI_VERSION
     monkeypatch.setattr(native, "ABI_VERSION", native.ABI_VERSION + 1)
+    native.library.cache_clear()
     with pytest.raises(RuntimeError, match=r"has interface \d+, this version of strop needs \d+: install strop again"):
         native.library("cpu")
 
 
-@pytest.mark.parametrize("backwards", [0, 1])
-def test_cuda_kernel_on_the_cpu(emulated_library, backwards):
-    """csrc/cuda through the emulation, with threads and blocks in both orders, against the fp64 reference."""
-    library = emulated_library(ROOT / "csrc/cuda/group_advantage.cu")
-    library.strop_emulation_order(backwards)
+def test_a_refused_call_is_an_error(compiled_for_cpu):
+    outside = torch.tensor([0, 2])
+    with pytest.raises(RuntimeError, match="strop_cpu_group_advantage failed with status 1"):
+        cpu.group_advantage(torch.tensor([1.0, 0.0]), outside, AdvantageSpec())
+
+
+def test_cuda_kernel_on_the_cpu(emulated_cuda):
     for size in (0, 1, 7, 40):
         rewards = torch.randn(size).round(decimals=1)
         rewards[torch.rand(size) < 0.05] = math.nan
         groups = torch.randint(0, max(size // 4, 1), (size,))
         for spec in SPECS:
-            advantages, counts = torch.empty(size), torch.empty(4, dtype=torch.int64)
-            addresses = [ctypes.c_void_p(t.data_ptr()) for t in (rewards, groups, advantages, counts)]
-            options = native.SCALES[spec.scale], native.BASELINES[spec.baseline], spec.ddof, ctypes.c_double(spec.eps)
-            status = library.strop_cuda_group_advantage(
-                *addresses[:2], ctypes.c_int64(size), *options, *addresses[2:], ctypes.c_void_p(None)
-            )
+            advantages, counts = cuda.group_advantage(rewards, groups, spec)
             expected = group_advantage(rewards.double(), groups, spec)
-            assert status == 0
             torch.testing.assert_close(advantages, expected.advantages.float(), rtol=1e-5, atol=1e-6)
             assert torch.equal(counts, expected.counts)
 

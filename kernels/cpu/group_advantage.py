@@ -1,0 +1,18 @@
+"""The group advantages of csrc/cpu/group_advantage.cpp."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..native_structs import address, advantage_options
+from ..specs import AdvantageSpec
+
+
+def group_advantage(rewards_N: Tensor, group_index_N: Tensor, spec: AdvantageSpec) -> tuple[Tensor, Tensor]:
+    rewards_N, group_index_N = rewards_N.contiguous(), group_index_N.contiguous()
+    advantages_N, counts = torch.empty_like(rewards_N), torch.empty(4, dtype=torch.int64)
+    inputs = address(rewards_N), address(group_index_N), ctypes.c_int64(len(rewards_N))
+    native.call("group_advantage", *inputs, *advantage_options(spec), address(advantages_N), address(counts))
+    return advantages_N, counts
