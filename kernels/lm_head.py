@@ -21,7 +21,7 @@ from torch import Tensor
 from .dispatch import form
 from .reference.softmax import IGNORED, LogitShape, OnlineSoftmax, Upstream, statistics_dtype
 
-AVAILABLE = ("reference", "cpu")
+AVAILABLE = ("reference", "triton", "cuda", "cpu")
 BUFFER_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 """What logits and their gradient may take together."""
 CHUNK_ROWS = 1024

@@ -166,7 +166,7 @@ class Upstream(NamedTuple):
     def live_rows(self, kept: Tensor) -> Tensor:
         """bool [N]: kept rows with any non-zero gradient (NaN is not zero)."""
         given = [gradient != 0 for gradient in self if gradient is not None]
-        return torch.stack(given).any(0) if given else torch.zeros_like(kept)
+        return torch.stack(given).any(0) & kept if given else torch.zeros_like(kept)
 
 
 def logit_gradient(

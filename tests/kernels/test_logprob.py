@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import strop.kernels.reference.linear_logprob as tiled
 from strop.kernels import LossSpec, linear_logprob, linear_policy_loss, logprob, policy_loss
@@ -195,46 +194,6 @@ def test_main_grad_accumulates_in_fp32_and_leaves_grad_alone(small_tiles):
     exact = weight.detach().double().requires_grad_()
     (expected,) = torch.autograd.grad(2 * eager(hidden.double() @ exact.t(), targets)[0].sum(), exact)
     torch.testing.assert_close(main_grad.double(), 1 + expected, rtol=1e-5, atol=1e-5)
-
-
-class Products(TorchDispatchMode):
-    """Rows of every matrix product, and the largest tensor made."""
-
-    def __init__(self):
-        super().__init__()
-        self.rows, self.largest = [], 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func.__name__ in ("mm.out", "addmm_.default"):
-            self.rows.append(result.shape[0])
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.numel())
-        return result
-
-
-def test_ignored_and_gradientless_rows_cost_nothing_on_a_cpu():
-    hidden, weight = torch.randn(10, 4, requires_grad=True), torch.randn(50, 4)
-    targets = torch.full((10,), IGNORE)
-    targets[[1, 4, 7]] = torch.tensor([3, 30, 49])
-    with Products() as products:
-        log_p = linear_logprob(hidden, weight, targets).logprob
-    assert products.rows == [3]
-    upstream = torch.randn(10)
-    upstream[4] = 0
-    with Products() as products:
-        log_p.backward(upstream)
-    assert products.rows == [2, 2]
-    assert hidden.grad.abs().sum(1).nonzero().flatten().tolist() == [1, 7]
-
-
-def test_memory_is_bounded_by_the_tile_not_by_the_logits():
-    """512 x 49152 logits are 25 M numbers; nothing above a tile's 1 M exists while they are scored and differentiated."""
-    hidden, weight = torch.randn(512, 8, requires_grad=True), torch.randn(49152, 8, requires_grad=True)
-    with Products() as products:
-        linear_logprob(hidden, weight, torch.randint(0, 49152, (512,))).logprob.sum().backward()
-    assert products.largest <= 2**20
 
 
 def test_vocabulary_parallel_equals_one_rank(run_ranks):
