@@ -111,6 +111,29 @@ def test_training_steps_equal_trls(strop_trainer, llama_folder, tokenizer, tmp_p
     assert head is embedding
 
 
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+def test_two_data_parallel_processes_equal_trls(strop_trainer, llama_folder, tokenizer, tmp_path, run_ranks, loss_type):
+    """Under DDP, whose hooks hang on the model's forward: each rank ends with the parameters that TRL's trainer ends with."""
+
+    def train_both() -> tuple[float, float, float]:
+        settings = {"loss_type": loss_type, "beta": 0.1, "num_iterations": 2, "max_steps": 2, "ddp_backend": "gloo"}
+        ends, logs = [], []
+        for trainer_class in (trl.GRPOTrainer, strop_trainer):
+            trainer = build(trainer_class, llama_folder, tokenizer, str(tmp_path), **settings)
+            assert trainer.accelerator.num_processes == 2
+            start = torch.cat([parameter.detach().flatten().clone() for parameter in trainer.model.parameters()])
+            trainer.train()
+            ends.append(torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()]))
+            logs.append(trainer.state.log_history[1])
+        for name in ("entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_max", "loss"):
+            assert logs[1][name] == pytest.approx(logs[0][name], rel=1e-5, abs=1e-6), name
+        return ((ends[1] - ends[0]).norm() / (ends[0] - start).norm()).item(), ends[1].double().sum().item(), logs[1]["entropy"]
+
+    (difference, checksum, entropy), (other_difference, other_checksum, other_entropy) = run_ranks(2, train_both)
+    assert max(difference, other_difference) <= 1e-4
+    assert checksum == other_checksum and entropy == other_entropy, "the ranks have drifted apart"
+
+
 def test_evaluation_and_generation_still_work(strop_trainer, llama_folder, tokenizer, tmp_path):
     from datasets import Dataset
 
@@ -188,6 +211,30 @@ def test_log_probs_of_model_families_equal_trls(strop_trainer, family):
         # bf16: TRL rounds the logits to bf16 (8 bits: 2^-8 of logits around 5), strop multiplies with fp32 results
         bound = 1e-5 if dtype == torch.float32 else 3e-2
         assert (got - expected).norm() <= bound * expected.norm()
+
+
+@pytest.mark.parametrize("fp32_head, bound", [(False, 3e-2), (True, 1e-5)])
+def test_mixed_precision_rounds_the_head_as_autocast_does(strop_trainer, llama_folder, fp32_head, bound):
+    """fp32 parameters under bf16 autocast: a bf16 product with fp32 results, or all of it in fp32 for cast_lm_head_to_fp32."""
+    from transformers import AutoModelForCausalLM
+
+    from strop.kernels.integrations.trl import score_completions
+
+    model = AutoModelForCausalLM.from_pretrained(llama_folder)
+    score_completions(model, temperature=1.0, cast_lm_head_to_fp32=fp32_head)
+    ids = torch.randint(2, 16, (4, 9))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scored = model(input_ids=ids, completion_targets=ids[:, -5:])
+        hidden = model.base_model(input_ids=ids).last_hidden_state[:, -6:-1]
+    logits = hidden.float() @ model.lm_head.weight.T
+    expected = logits.log_softmax(-1).gather(-1, ids[:, -5:, None]).squeeze(-1)
+    assert scored.logprob.dtype == torch.float32
+    difference = (scored.logprob - expected).norm() / expected.norm()
+    print(f"differs from fp32 by {difference:.1e}")
+    assert difference <= bound
+    assert fp32_head or difference > 1e-5  # else nothing was rounded
+    scored.logprob.sum().backward()
+    assert model.lm_head.weight.grad.dtype == torch.float32
 
 
 def test_missing_or_other_trl_says_what_to_install(monkeypatch, strop_trainer):
