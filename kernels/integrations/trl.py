@@ -2,8 +2,8 @@
 
 Log-probs and entropies come from `linear_logprob` (hidden states x LM head, no logits), the loss and its gradient from
 `policy_loss`. Data, generation, rewards, advantages, optimizer and the names and meaning of the logged metrics are TRL's.
-The loss equals TRL's own: fp32 to 1e-5, in fp64 to 1e-10 (tests/kernels/test_integrations_trl.py). A NaN log-prob from vLLM
-counts as the old policy's, in the off-policy mask too, where TRL skips it.
+The loss equals TRL's own: fp32 to 1e-5, in fp64 to 1e-10 (tests/kernels/test_integrations_trl*.py). One difference: a log-prob
+that vLLM couldn't give (NaN) counts as the old policy's in the off-policy mask too, where TRL skips the token.
 
 Served: one process or plain data parallelism (the model's own forward runs, so DDP's hooks do too; the losses are
 normalised as TRL does), tied LM heads, gradient checkpointing, mixed precision, every loss_type. DeepSpeed ZeRO-1 and 2
@@ -81,7 +81,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         )
         acting_BK = mask_BK  # top_entropy_quantile: the tokens of the policy term and the bonus; KL and counts keep all
         if self.top_entropy_quantile < 1:
-            acting_BK = self.get_high_entropy_mask(entropy_BK, mask_BK, 1 - self.top_entropy_quantile)
+            acting_BK = self.get_high_entropy_mask(entropy_BK.detach(), mask_BK, 1 - self.top_entropy_quantile)
         advantages = inputs["advantages"]
         advantages = advantages[:, None] if advantages.dim() == 1 else advantages
         old_BK = inputs.get("old_per_token_logps")

@@ -169,6 +169,24 @@ def test_every_option_equals_trls_in_fp64(strop_trainer, case, variant, tmp_path
         assert metrics[1][name] == pytest.approx(values, rel=1e-6, abs=1e-7), name  # TRL counts in fp32, and so do we
 
 
+def test_an_unscored_token_counts_as_the_old_policys(strop_trainer, tmp_path):
+    """The documented difference: with an off-policy mask, a NaN from vLLM is read as the old policy's log-prob."""
+    config = trl.GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], off_policy_mask_threshold=0.05,
+                            **VLLM)  # fmt: skip
+    generator = torch.Generator().manual_seed(5)
+    model = Scorer(torch.randn(SEQUENCES, PROMPT + LENGTH, VOCAB, generator=generator, dtype=torch.float64)).eval()
+    batch = fp64_batch(config, model, generator, on_policy=False, tools=False)
+    unscored = torch.zeros(SEQUENCES, LENGTH, dtype=torch.bool)
+    unscored[[0, 2, 3], [2, 1, 4]] = True
+    sampler, old = batch["sampling_per_token_logps"], batch["old_per_token_logps"]
+    filled = torch.where(unscored, old, sampler)
+    ratio = trls_ratio(config, old, filled, batch["completion_mask"])
+    given = batch | {"sampling_per_token_logps": sampler.masked_fill(unscored, torch.nan), "importance_sampling_ratio": ratio}
+    loss = bare_trainer(strop_trainer, config, model)._compute_loss(model, given)
+    expected = bare_trainer(trl.GRPOTrainer, config, model)._compute_loss(model, given | {"sampling_per_token_logps": filled})
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
+
+
 REFUSED = [  # (GRPOConfig, what the message names)
     ({"loss_type": "ppo"}, r"loss_type='ppo'.*dapo"),
     ({"importance_sampling_level": "token_sequence"}, r"importance_sampling_level='token_sequence'.*'token'"),
