@@ -139,31 +139,30 @@ def _differentiable(
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
-    class Differentiable(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *args):
-            *args, keyset = args
-            output = run_below(keyset, *args)
-            if save is not None:
-                save(ctx, args, output)
-            return output
+    def forward(ctx, *args):
+        *args, keyset = args
+        output = run_below(keyset, *args)
+        if save is not None:
+            save(ctx, args, output)
+        return output
 
-        @staticmethod
-        def backward(ctx, *gradients):
-            with_keyset = ctx.needs_input_grad
-            ctx.needs_input_grad = with_keyset[:-1]
-            try:
-                results = backward(ctx, *gradients)
-            finally:
-                ctx.needs_input_grad = with_keyset  # a retained graph comes here again
-            return *(results if isinstance(results, tuple) else (results,)), None
+    def run_backward(ctx, *gradients):
+        with_keyset = ctx.needs_input_grad
+        ctx.needs_input_grad = with_keyset[:-1]
+        try:
+            results = backward(ctx, *gradients)
+        finally:
+            ctx.needs_input_grad = with_keyset  # a retained graph comes here again
+        return *(results if isinstance(results, tuple) else (results,)), None
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(run_backward)}
+    node = type(f"strop_{op._opname}", (torch.autograd.Function,), methods)
 
     def run(keyset: torch._C.DispatchKeySet, *args):
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return Differentiable.apply(*args, keyset)
+            return node.apply(*args, keyset)
         return run_below(keyset, *args)
 
-    Differentiable.__name__ = f"{op._opname}_backward"
     return run
 
 
