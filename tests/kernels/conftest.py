@@ -25,7 +25,7 @@ from strop.kernels.cuda import policy_loss as cuda_policy_loss
 HERE = Path(__file__).parent
 CUDA_SOURCES = HERE.parents[1] / "csrc/cuda"
 # A misaligned vector access aborts the test, as it would fail on a GPU.
-EMULATE = ("g++ -x c++ -std=c++17 -O1 -Wall -Wno-unknown-pragmas -fPIC -shared -DSTROP_EMULATION "
+EMULATE = ("g++ -x c++ -std=c++17 -O1 -Wall -Wno-unknown-pragmas -fPIC -shared -DSTROP_EMULATION -U_FORTIFY_SOURCE "
            "-fsanitize=alignment,bounds,shift,signed-integer-overflow,null -fno-sanitize-recover=all")  # fmt: skip
 
 
@@ -104,6 +104,20 @@ def emulated_cuda(request, emulated_library, monkeypatch):
 
     monkeypatch.setattr(native, "launch", launch)
     monkeypatch.setattr(cuda_policy_loss, "workspace", workspace)
+
+
+@pytest.fixture(scope="module", params=["baseline", "avx2", "avx512"])
+def cpu_level(request):
+    """Within the module's tests csrc/cpu runs the code for these vector instructions."""
+    library = native.library("cpu")
+    if library is None:
+        pytest.skip(native.why_missing("cpu"))
+    best, level = library.strop_cpu_level(), ("baseline", "avx2", "avx512").index(request.param)
+    if library.strop_cpu_set_level(level):
+        pytest.skip(f"this CPU has no {request.param}")
+    assert library.strop_cpu_level() == level
+    yield request.param
+    library.strop_cpu_set_level(best)
 
 
 CLIPS = {"clip": (0.2, 0.2), "gspo": (3e-4, 4e-4), "gspo-token": (3e-4, 4e-4), "gmpo": (0.4, 0.4), "cispo": (math.inf, None)}

@@ -9,6 +9,7 @@
 // static: they keep what the block before left, where CUDA's are undefined.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -57,8 +58,12 @@ constexpr size_t STACK_BYTES = 256 * 1024;
 
 enum class State { runs, waits_for_block, waits_for_warp, done };
 
+// A fiber's first step is setcontext; from then on it is left and resumed with _setjmp and _longjmp, as swapcontext costs two
+// system calls a switch. (Compiled with -U_FORTIFY_SOURCE, whose longjmp takes another stack for an error.)
 struct Fiber {
-  ucontext_t context;
+  ucontext_t start;
+  jmp_buf position;
+  bool started;
   std::unique_ptr<char[]> stack{new char[STACK_BYTES]};
   State state;
   uint3 index;
@@ -75,7 +80,7 @@ struct Machine {
   std::vector<std::unique_ptr<Fiber>> fibers;  // reused by later blocks
   unsigned num_threads = 0;
   Fiber* current = nullptr;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   const std::function<void()>* kernel = nullptr;
   dim3 grid, block;
   uint3 block_index;
@@ -100,13 +105,24 @@ inline void wait(State state, unsigned mask = 0) {
   Fiber* self = machine.current;
   self->state = state;
   self->mask = mask;
-  swapcontext(&self->context, &machine.scheduler);
+  if (_setjmp(self->position) == 0) _longjmp(machine.scheduler, 1);
 }
 
 inline void fiber_main() {
   (*machine.kernel)();
   machine.current->state = State::done;
-  swapcontext(&machine.current->context, &machine.scheduler);
+  _longjmp(machine.scheduler, 1);
+}
+
+// Until the fiber waits or ends.
+inline void run(Fiber& fiber) {
+  machine.current = &fiber;
+  if (_setjmp(machine.scheduler) == 0) {
+    if (fiber.started) _longjmp(fiber.position, 1);
+    fiber.started = true;
+    setcontext(&fiber.start);
+  }
+  machine.current = nullptr;
 }
 
 // The threads whose barrier is complete go on. A thread that returned counts as having arrived, as on Volta and later.
@@ -147,21 +163,18 @@ inline void run_block() {
     f.lane = i % WARP;
     f.warp = i / WARP;
     f.state = State::runs;
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.get();
-    f.context.uc_stack.ss_size = STACK_BYTES;
-    f.context.uc_link = nullptr;
-    makecontext(&f.context, fiber_main, 0);
+    f.started = false;
+    getcontext(&f.start);
+    f.start.uc_stack.ss_sp = f.stack.get();
+    f.start.uc_stack.ss_size = STACK_BYTES;
+    f.start.uc_link = nullptr;
+    makecontext(&f.start, fiber_main, 0);
   }
   while (true) {
     bool all_done = true;
     for (unsigned i = 0; i < machine.num_threads; ++i) {
       Fiber& f = *machine.fibers[machine.backwards ? machine.num_threads - 1 - i : i];
-      if (f.state == State::runs) {
-        machine.current = &f;
-        swapcontext(&machine.scheduler, &f.context);
-        machine.current = nullptr;
-      }
+      if (f.state == State::runs) run(f);
       all_done &= f.state == State::done;
     }
     if (all_done) return;
