@@ -111,6 +111,25 @@ def test_training_steps_equal_trls(strop_trainer, llama_folder, tokenizer, tmp_p
     assert head is embedding
 
 
+def test_a_bf16_step_equals_trls_to_bf16(strop_trainer, llama_folder, tokenizer, tmp_path):
+    """GRPOConfig's default precision. TRL rounds the logits to bf16 before their softmax, strop's products end in fp32.
+
+    One update: in a second one, a token whose ratio lies at a clip bound may fall on either side of it.
+    """
+    logs, ends = [], []
+    for trainer_class in (trl.GRPOTrainer, strop_trainer):
+        trainer = build(trainer_class, llama_folder, tokenizer, str(tmp_path), bf16=True, beta=0.1)
+        start = torch.cat([parameter.detach().flatten().clone() for parameter in trainer.model.parameters()])
+        trainer.train()
+        ends.append(torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()]))
+        logs.append(trainer.state.log_history[0])
+    difference = (ends[1] - ends[0]).norm() / (ends[0] - start).norm()
+    print(f"changes differ by {difference:.1e}")
+    assert difference <= 2**-6  # logits up to 4 are known to 2^-7
+    assert logs[1]["entropy"] == pytest.approx(logs[0]["entropy"], rel=2**-7)
+    assert logs[1]["loss"] == pytest.approx(logs[0]["loss"], abs=2**-7)
+
+
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
 def test_two_data_parallel_processes_equal_trls(strop_trainer, llama_folder, tokenizer, tmp_path, run_ranks, loss_type):
     """Under DDP, whose hooks hang on the model's forward: each rank ends with the parameters that TRL's trainer ends with."""
