@@ -46,7 +46,7 @@ class Target(NamedTuple):
 
 
 def milliseconds_at_most(limit: float, name: str = OURS) -> Target:
-    return Target("ms", limit, "at most", lambda results: results[name].times.median)
+    return Target("ms" if name == OURS else f"ms ({name})", limit, "at most", lambda results: results[name].times.median)
 
 
 def box_at_least(limit: float) -> Target:

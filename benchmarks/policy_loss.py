@@ -60,7 +60,7 @@ def comparisons(device: torch.device, quick: bool) -> list[Comparison]:
 
     def kl_forms():
         torch.manual_seed(0)
-        logprob, ref = -torch.rand(2, num, device=device).unbind()[0], -torch.rand(num, device=device)
+        logprob, ref = (-torch.rand(num, device=device) for _ in range(2))
         logprob.requires_grad_()
         upstream = torch.randn(num, device=device)
 
