@@ -93,7 +93,7 @@ bool is_sound(const strop_loss_tokens &tokens, const strop_loss_code &code, cons
   const bool sequences = tokens.cu_seqlens || (!strop::needs_sequences(code) && !tokens.sequence_stats);
   const bool sources = (tokens.rollout_logprob || (code.correction == strop::NO_CORRECTION && !code.has_opsm)) &&
                        (tokens.ref_logprob || code.kl_coef == 0) && ((tokens.entropy && d_entropy) || code.entropy_coef == 0);
-  return strop::is_known(code) && sizes && sequences && sources;
+  return strop::is_known(code) && sizes && sequences && (sources || tokens.num_tokens == 0);  // no token: no address
 }
 
 }  // namespace

@@ -120,6 +120,14 @@ def cpu_level(request):
     library.strop_cpu_set_level(best)
 
 
+@pytest.fixture
+def cuda_library():
+    """The compiled csrc/cuda of this installation, for tests on a GPU."""
+    if native.library("cuda") is None:
+        pytest.skip(native.why_missing("cuda"))
+    return native.library("cuda")
+
+
 CLIPS = {"clip": (0.2, 0.2), "gspo": (3e-4, 4e-4), "gspo-token": (3e-4, 4e-4), "gmpo": (0.4, 0.4), "cispo": (math.inf, None)}
 WEIGHT_BOUNDS = {"tis": (0, 2), "icepop": (0.5, 5), "sequence-truncate": (0, 3), "sequence-mask": (0, 3), "mean-mask": None}
 
