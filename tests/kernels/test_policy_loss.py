@@ -1,6 +1,5 @@
 """`policy_loss` against the printed formulas, R1's equation worked by hand, and finite differences."""
 
-import itertools
 import math
 from dataclasses import replace
 
@@ -17,6 +16,7 @@ from strop.kernels import (
     denominator_kind,
     group_advantage,
     kl,
+    native,
     policy_loss,
     sequence_stats,
     summarize_metrics,
@@ -64,11 +64,13 @@ AGGREGATIONS = ["sequence-mean", "token-mean", "sequence-sum", "constant"]
 class Batch:
     """Random packed sequences, some empty or fully masked, with padding at the end full of NaN."""
 
-    def __init__(self, lengths: list[int], padding: int, seed: int, spread: float = 0.3, sequence_advantages: bool = False):
+    def __init__(
+        self, lengths: list[int], padding: int, seed: int, spread: float = 0.3, dtype: torch.dtype = torch.float64
+    ):  # fmt: skip
         generator = torch.Generator().manual_seed(seed)
 
         def normal(scale: float = 1.0) -> torch.Tensor:
-            return scale * torch.randn(total, generator=generator, dtype=torch.float64)
+            return (scale * torch.randn(total, generator=generator, dtype=torch.float64)).to(dtype)
 
         total = sum(lengths) + padding
         self.boundaries = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
@@ -79,13 +81,16 @@ class Batch:
         self.old, self.rollout, self.ref = (self.logprob + normal(spread) for _ in range(3))
         self.entropy = normal().abs()
         self.advantages = normal()
-        if sequence_advantages:
-            for start, stop in itertools.pairwise(self.boundaries):
-                self.advantages[start:stop] = self.advantages[start:stop].sum()
         for tensor in (self.logprob, self.old, self.rollout, self.ref, self.entropy, self.advantages):
             tensor[~self.mask] = math.nan
         self.logprob.requires_grad_()
         self.entropy.requires_grad_()
+
+    def to(self, dtype: torch.dtype) -> None:
+        """The same numbers in another precision."""
+        for name in ("logprob", "old", "rollout", "ref", "entropy", "advantages"):
+            tensor = getattr(self, name)
+            setattr(self, name, tensor.detach().to(dtype).requires_grad_(tensor.requires_grad))
 
     def run(self, spec: LossSpec, denominator: float = 3.0, old: bool = True):
         given = {"rollout_logprob": self.rollout, "ref_logprob": self.ref, "entropy": self.entropy}
@@ -121,6 +126,27 @@ def test_any_spec_equals_the_printed_formulas(book_loss, spec, lengths, padding,
     wanted = batch.gradients(expected) if expected.requires_grad else torch.zeros(2, len(batch.mask), dtype=torch.float64)
     torch.testing.assert_close(batch.gradients(loss), wanted, rtol=1e-12, atol=1e-13)
     assert summarize_metrics(metrics)["tokens"] == batch.mask.sum()
+
+
+@pytest.mark.skipif(native.library("cpu") is None, reason=f"fp32 runs plain torch here: {native.why_missing('cpu')}")
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(spec=specs, lengths=st.lists(st.integers(0, 40), min_size=1, max_size=5), padding=st.integers(0, 4),
+       seed=st.integers(0, 10**6), old=st.booleans())  # fmt: skip
+def test_the_kernel_equals_the_printed_formulas(book_loss, spec, lengths, padding, seed, old):
+    """fp32 on a CPU is C++: against the formulas in fp64 on the same numbers, and the metrics of the reference in fp64."""
+    batch = Batch(lengths, padding, seed, dtype=torch.float32)
+    loss, metrics = batch.run(spec, old=old)
+    slopes = batch.gradients(loss)
+    batch.to(torch.float64)
+    expected = book_loss(
+        spec, batch.logprob, batch.old if old else None, batch.advantages, batch.mask, batch.boundaries, 3.0,
+        rollout=batch.rollout, ref=batch.ref, entropy=batch.entropy,
+    )  # fmt: skip
+    # Sums of up to 200 fp32 terms of order 1; a sequence's ratio multiplies the rounding of 40 log-ratios.
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    wanted = batch.gradients(expected) if expected.requires_grad else torch.zeros(2, len(batch.mask), dtype=torch.float64)
+    torch.testing.assert_close(slopes.double(), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(metrics, batch.run(spec, old=old).metrics, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("spec", POLICIES, ids=lambda spec: spec.policy)
