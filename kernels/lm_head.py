@@ -26,6 +26,9 @@ BUFFER_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 """What logits and their gradient may take together."""
 CHUNK_ROWS = 1024
 """At most, in whole rows."""
+HELD_CHUNKS = 4
+"""bf16 or fp16 gradients of so many chunks wait for one product: adding a product of few rows to weight's gradient in fp32
+takes as long as reading and writing that gradient (V=128k, H=4096, 3 TB/s: 1.4 ms, the product of 1024 rows itself 1.5)."""
 TILE_ROWS = {"cpu": 4096, "cuda": 8192}
 CAST_ELEMENTS = 2**21
 """Weights converted at a time where a product can't read their dtype."""
@@ -50,28 +53,33 @@ class LmHead:
         self.shape, self.group = shape, group
         self.kernels = form("logit_rows", hidden_NH, AVAILABLE)
         self.dtype = statistics_dtype(hidden_NH)
-        narrow = hidden_NH.is_cuda and hidden_NH.dtype == weight_VH.dtype
-        self.product_dtype = hidden_NH.dtype if narrow else self.dtype
-        """What products multiply; they accumulate in `dtype`. Only CUDA has products of bf16 or fp16 with fp32 results."""
+        self.product_dtype = hidden_NH.dtype if multiplies_narrow(hidden_NH, weight_VH) else self.dtype
+        """What products multiply; they accumulate in `dtype`."""
+        self.narrow = self.product_dtype != self.dtype
+        self.num_held = 0
+        """Rows of gradients that wait in the buffer for their product."""
         self._buffers: dict[torch.dtype, Tensor] = {}
 
-    @property
-    def buffer_elements(self) -> int:
-        """Logits a piece."""
-        itemsize = self.dtype.itemsize + (self.product_dtype.itemsize if self.product_dtype != self.dtype else 0)
+    def buffer_elements(self, held_chunks: int) -> int:
+        """Logits a piece, so that they and the gradients of so many pieces fit."""
+        itemsize = self.dtype.itemsize + (held_chunks * self.product_dtype.itemsize if self.narrow else 0)
         return BUFFER_BYTES.get(self.hidden_NH.device.type, BUFFER_BYTES["cpu"]) // itemsize
+
+    @property
+    def chunk_rows(self) -> int:
+        rows = self.buffer_elements(HELD_CHUNKS) // len(self.weight_VH) // 16 * 16
+        return min(max(rows, 16), CHUNK_ROWS)
 
     def chunks(self, live_N: Tensor) -> Iterator[Rows]:
         """Pieces of whole rows of logits. live_N: bool, the rows that count: see `row_pieces`."""
-        rows = self.buffer_elements // max(len(self.weight_VH), 1) // 16 * 16
-        return row_pieces(live_N, min(max(rows, 16), CHUNK_ROWS))
+        return row_pieces(live_N, self.chunk_rows)
 
     def tiles(self, live_N: Tensor) -> Iterator[tuple[slice, list[Rows]]]:
         """(columns, row pieces): large squares rather than whole rows, so that sums over pieces are read and written less."""
         device, vocab = self.hidden_NH.device.type, len(self.weight_VH)
         height = TILE_ROWS.get(device, TILE_ROWS["cpu"])
         row_tiles = list(row_pieces(live_N, height))
-        width = max(self.buffer_elements // max(min(height, len(live_N)), 1) // 128 * 128, 128)
+        width = max(self.buffer_elements(1) // max(min(height, len(live_N)), 1) // 128 * 128, 128)
         for start in range(0, vocab, width):
             yield slice(start, min(start + width, vocab)), row_tiles
 
@@ -114,19 +122,24 @@ class LmHead:
         k_n: Tensor | None,
         columns: slice | None = None,
     ) -> Tensor:
-        """[n, v] in `product_dtype`: the gradient of the logits, which are overwritten. Valid until the next call.
+        """[n, v] in `product_dtype`: the gradient of the logits, which may be overwritten. For `HeadGradient.add`.
 
         statistics_3n are those of whole rows; g_n, h_n, k_n the gradients of logprob, entropy and logsumexp, None is 0.
         """
         dz_nv = logits_nv
-        if self.product_dtype != self.dtype:
-            dz_nv = self._buffer(self.product_dtype, *logits_nv.shape)
+        if self.narrow:
+            capacity = len(logits_nv) if columns is not None else HELD_CHUNKS * self.chunk_rows
+            dz_nv = self._buffer(self.product_dtype, capacity, logits_nv.shape[1])[self.num_held :][: len(logits_nv)]
         targets_n = self.targets_N[rows]
         if columns is not None:
             targets_n = torch.where(targets_n == IGNORED, IGNORED, targets_n - columns.start)
         shape = self._shape(rows, columns)
         self.kernels.logit_gradient(logits_nv, targets_n, statistics_3n, g_n, h_n, k_n, **shape, out_NV=dz_nv)
         return dz_nv
+
+    def held_gradients(self) -> Tensor:
+        """[num_held, V]: those of the last chunks, end to end."""
+        return self._buffer(self.product_dtype, self.num_held, len(self.weight_VH))
 
     def _shape(self, rows: Rows, columns: slice | None) -> dict[str, float | Tensor | None]:
         inverse_temperature, softcap, keep_mask_nV = self.shape.select(rows)
@@ -156,12 +169,30 @@ class HeadGradient:
         own = self.needs_weight and main_grad_VH is None
         self.d_weight_VH = torch.empty_like(head.weight_VH) if own else None
         self.d_bias_V = torch.zeros_like(head.bias_V, dtype=head.dtype) if needs_bias else None
+        self._waiting: list[Rows] = []
         self._columns: slice | None = None
         self._sum_vH: Tensor | None = None
         """Of weight's gradient in the columns of the last piece, in `head.dtype`."""
 
     def add(self, rows: Rows, dz_nv: Tensor, columns: slice | None = None) -> None:
-        """dz_nv: the gradient of logits in `head.product_dtype`. The pieces of the same columns follow one another."""
+        """dz_nv: what `head.gradient_` gave last. The pieces of the same columns follow one another."""
+        head = self.head
+        if not head.narrow or columns is not None:
+            self._multiply(rows, dz_nv, columns)
+            return
+        self._waiting.append(rows)
+        head.num_held += len(dz_nv)
+        if head.num_held + head.chunk_rows > HELD_CHUNKS * head.chunk_rows:
+            self._multiply_waiting()
+
+    def _multiply_waiting(self) -> None:
+        if self._waiting:
+            dz_nV = self.head.held_gradients()
+            self._multiply(joined(self._waiting), dz_nV, None)
+            self._waiting.clear()
+            self.head.num_held = 0
+
+    def _multiply(self, rows: Rows, dz_nv: Tensor, columns: slice | None) -> None:
         head = self.head
         columns = slice(0, len(head.weight_VH)) if columns is None else columns
         if self.d_hidden_NH is not None:
@@ -195,6 +226,7 @@ class HeadGradient:
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """In the dtypes of hidden, weight and bias; None for what is not wanted, and for weight where main_grad has it."""
+        self._multiply_waiting()
         head, d_hidden, d_weight, d_bias = self.head, self.d_hidden_NH, self.d_weight_VH, self.d_bias_V
         if d_hidden is not None:
             if head.group is not None:
@@ -238,6 +270,18 @@ def row_pieces(live_N: Tensor, height: int) -> Iterator[Rows]:
     else:
         for start in range(0, len(live_N), height):
             yield slice(start, min(start + height, len(live_N)))
+
+
+def joined(pieces: list[Rows]) -> Rows:
+    """Consecutive slices, or indices, as one."""
+    if isinstance(pieces[0], Tensor):
+        return torch.cat(pieces)
+    return slice(pieces[0].start, pieces[-1].stop)
+
+
+def multiplies_narrow(hidden_NH: Tensor, weight_VH: Tensor) -> bool:
+    """Whether products read bf16 or fp16 and write fp32, which only cuBLAS does (since torch 2.10 adding to fp32 as well)."""
+    return hidden_NH.is_cuda and hidden_NH.dtype == weight_VH.dtype and hidden_NH.dtype.itemsize == 2
 
 
 def local_targets(targets_N: Tensor, ignore_index: int, first_token: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Public ops: log-prob, entropy and logsumexp of target tokens, from hidden states and the LM head or from logits."""
 
+import math
 import os
 from typing import NamedTuple
 
@@ -134,6 +135,8 @@ def check_head(
     check_tensor("weight", weight, FLOATING, device=hidden.device)
     if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} don't fit: pass [..., H] and [V, H]")
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}: every rank needs at least one vocabulary row")
     rows_shape, vocab, dtype = hidden.shape[:-1], weight.shape[0], statistics_dtype(hidden)
     if statistics_dtype(weight) != dtype:
         raise TypeError(f"hidden is {hidden.dtype} and weight {weight.dtype}: use float64 for both or for neither")
@@ -187,8 +190,8 @@ def flat_shape(
     tp_group: dist.ProcessGroup | None,
 ) -> FlatShape:
     """What the flat ops take, after checking it."""
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap {softcap}: must be above 0; None leaves the logits alone")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap {softcap}: must be above 0 and finite; None leaves the logits alone")
     if keep_mask is not None:
         check_tensor("keep_mask", keep_mask, (torch.bool,), (*rows_shape, vocab), device)
         keep_mask = keep_mask.reshape(-1, vocab)

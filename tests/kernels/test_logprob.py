@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -196,49 +195,6 @@ def test_main_grad_accumulates_in_fp32_and_leaves_grad_alone(small_tiles):
     torch.testing.assert_close(main_grad.double(), 1 + expected, rtol=1e-5, atol=1e-5)
 
 
-def test_vocabulary_parallel_equals_one_rank(run_ranks):
-    """3 ranks with 1, 70 and 229 of 300 vocabulary rows, targets at the shards' edges."""
-    torch.manual_seed(0)
-    edges = [0, 1, 71, 300]
-    hidden, weight, bias = (torch.randn(*shape, dtype=torch.float64) for shape in ((6, 4), (300, 4), (300,)))
-    targets = torch.tensor([0, 1, 70, 71, 299, IGNORE])
-    keep = torch.rand(6, 300) > 0.3
-    keep[torch.arange(6), targets] = True
-    keep[0, 1:71] = False  # nothing kept on the second rank
-    upstream = torch.randn(3, 6, dtype=torch.float64)
-    options = {"temperature": 0.8, "softcap": 3.0}
-
-    def leaves_and_results(bounds, group=None):
-        columns = slice(*bounds)
-        leaves = [t.clone().requires_grad_() for t in (hidden, weight[columns], bias[columns])]
-        shard = {} if group is None else {"tp_group": group, "vocab_range": bounds}
-        results = linear_logprob(*leaves[:2], targets, bias=leaves[2], keep_mask=keep[:, columns], **options, **shard)
-        grads = torch.autograd.grad(weighted(results, upstream), leaves)
-        logits = (hidden @ weight[columns].t()).requires_grad_()
-        from_logits = logprob(logits, targets, keep_mask=keep[:, columns], **options, **shard)
-        d_logits = torch.autograd.grad(weighted(from_logits, upstream), logits)
-        return [tensor.detach() for tensor in (*results, *grads, *from_logits, *d_logits)]
-
-    def rank_main():
-        dist.init_process_group("gloo")
-        rank = dist.get_rank()
-        found = leaves_and_results((edges[rank], edges[rank + 1]), dist.group.WORLD)
-        bounds = (edges[rank], edges[rank + 1])
-        too_large = torch.tensor([0, 1, 70, 71, 300, 299])
-        shard = {"tp_group": dist.group.WORLD, "vocab_range": bounds}
-        beyond = linear_logprob(hidden, weight[slice(*bounds)], too_large, **shard).logprob
-        dist.destroy_process_group()
-        return found, beyond
-
-    whole = leaves_and_results((0, 300))
-    for rank, (found, beyond) in enumerate(run_ranks(3, rank_main)):
-        columns = slice(edges[rank], edges[rank + 1])
-        wanted = [*whole[:4], whole[4][columns], whole[5][columns], *whole[6:9], whole[9][:, columns]]
-        for got, want in zip(found, wanted, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
-        assert beyond.isnan().tolist() == [False] * 4 + [True, False], "token 300 is on no shard"
-
-
 def test_logits_may_be_overwritten_in_backward():
     torch.manual_seed(0)
     base = torch.randn(5, 9, requires_grad=True)
@@ -248,40 +204,3 @@ def test_logits_may_be_overwritten_in_backward():
     (got,) = torch.autograd.grad(weighted(logprob(logits, targets, inplace_backward=True), upstream), logits)
     assert got.data_ptr() == logits.data_ptr()
     torch.testing.assert_close(got, wanted)
-
-
-def test_double_backward_is_refused():
-    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
-    targets = torch.tensor([0, 1, 2])
-    with pytest.raises(RuntimeError, match="linear_logprob: a double backward isn't supported: call backward without create_g"):
-        torch.autograd.grad(linear_logprob(hidden, weight, targets).logprob.sum(), hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="logprob: a double backward isn't supported"):
-        torch.autograd.grad(logprob(hidden, targets).entropy.sum(), hidden, create_graph=True)
-
-
-def test_bad_arguments_are_named():
-    hidden, weight, targets = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2])
-    cases = [
-        (TypeError, "targets has dtype torch.int32", {"targets": targets.int()}),
-        (TypeError, "hidden has dtype torch.int64", {"hidden": torch.zeros(3, 4, dtype=torch.int64)}),
-        (TypeError, "use float64 for both", {"hidden": hidden.double()}),
-        (ValueError, r"hidden \(3, 4\) and weight \(4, 5\) don't fit", {"weight": weight.t()}),
-        (ValueError, r"targets has shape \(2,\), expected \(3,\)", {"targets": targets[:2]}),
-        (ValueError, r"targets holds 5, not in 0..4: give rows without a target -100", {"targets": torch.tensor([0, 5, -100])}),
-        (ValueError, "targets holds -1", {"targets": torch.tensor([0, -1, -100])}),
-        (ValueError, "temperature 0: must be above 0", {"temperature": 0}),
-        (ValueError, "temperature holds 0.0", {"temperature": torch.tensor([1.0, 0.0, 1.0])}),
-        (ValueError, r"temperature has shape \(2,\)", {"temperature": torch.ones(2)}),
-        (ValueError, "softcap 0", {"softcap": 0}),
-        (ValueError, r"keep_mask has shape \(3, 4\), expected \(3, 5\)", {"keep_mask": torch.ones(3, 4, dtype=torch.bool)}),
-        (ValueError, r"bias has shape \(4,\)", {"bias": torch.ones(4)}),
-        (ValueError, "vocab_range is given without tp_group", {"vocab_range": (0, 5)}),
-        (TypeError, "main_grad has dtype torch.bfloat16", {"main_grad": torch.zeros(5, 4, dtype=torch.bfloat16)}),
-        (ValueError, "weight.requires_grad is False", {"main_grad": torch.zeros(5, 4)}),
-        (ValueError, "weight is on meta", {"weight": weight.to("meta")}),
-    ]
-    for error, message, change in cases:
-        with pytest.raises(error, match=message):
-            linear_logprob(**{"hidden": hidden, "weight": weight, "targets": targets} | change)
-    with pytest.raises(ValueError, match="inplace_backward needs contiguous logits"):
-        logprob(torch.randn(5, 3).t(), targets, inplace_backward=True)
