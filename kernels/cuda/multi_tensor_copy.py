@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..native_structs import TYPE_CODES
 from ..rectangles import rectangle_pairs
-
-TYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 def multi_tensor_copy(sources: list[Tensor], destinations: list[Tensor]) -> None:

@@ -85,10 +85,6 @@ def test_cuda_sources(source, tmp_path, capsys):
 
 
 def readable(mangled: str) -> str:
-    """The function's name: in C++'s names its length precedes it, here perhaps after digits of a hash."""
-    for run in re.finditer(r"\d+", mangled):
-        for digits in (run[0][start:] for start in range(len(run[0]))):
-            name = mangled[run.end() : run.end() + int(digits)]
-            if name.endswith("_kernel") and len(name) == int(digits):
-                return name
-    return mangled
+    """name_kernel<template arguments>."""
+    declaration = subprocess.run(["c++filt", mangled], check=True, capture_output=True, text=True).stdout
+    return re.search(r"\w+_kernel(<.*?>)?(?=\()", declaration)[0]

@@ -30,9 +30,9 @@ def some_targets(num_rows: int, vocab: int) -> torch.Tensor:
     return targets
 
 
-def options_of(num_rows: int, vocab: int, targets: torch.Tensor, bias_dtype: torch.dtype, mask_gap: int = 3) -> dict:
+def options_of(num_rows: int, vocab: int, targets: torch.Tensor, bias_dtype: torch.dtype) -> dict:
     """Bias, softcap, a temperature a row, and a mask that keeps each target but leaves the ignored rows empty."""
-    keep = torch.rand(num_rows, vocab + mask_gap)[:, mask_gap:] > 0.4
+    keep = torch.rand(num_rows, vocab) > 0.4
     keep[torch.arange(num_rows), targets.clamp(0, vocab - 1)] = True
     keep[targets == IGNORED] = False
     bias = torch.randn(vocab + 1)[1:].to(bias_dtype)
@@ -216,3 +216,88 @@ def test_bad_arguments_are_refused(emulated_cuda):
         cuda.logit_statistics(logits, targets, **PLAIN | {"softcap": -1.0}, partial=True)
     with pytest.raises(RuntimeError, match="strop_cuda_logit_gradient failed with status 1"):
         cuda.logit_gradient(logits, targets, torch.ones(3, 2), None, None, None, **PLAIN | {"softcap": math.nan}, out_NV=logits)
+
+
+def at_odd_addresses(logits: torch.Tensor) -> torch.Tensor:
+    """The same rows in other memory, one element behind an aligned address and at a stride of one more."""
+    copy = torch.empty(len(logits), logits.shape[1] + 1, dtype=logits.dtype, device=logits.device)[:, 1:]
+    return copy.copy_(logits)
+
+
+def large_rows(num_rows: int, vocab: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and targets on the GPU."""
+    logits = 3 * torch.randn(num_rows, vocab, device="cuda").to(dtype)
+    return at_odd_addresses(logits), some_targets(num_rows, vocab).cuda()
+
+
+def gradient_of(logits, targets, options: dict, upstream: list, out: torch.Tensor) -> torch.Tensor:
+    """Statistics, then the gradient into `out`; returns the statistics."""
+    statistics = cuda.logit_statistics(logits, targets, **options, partial=False)
+    cuda.logit_gradient(logits, targets, statistics, *upstream, **options, out_NV=out)
+    return statistics
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("with_options", [False, True], ids=["plain", "options"])
+@pytest.mark.parametrize(("num_rows", "vocab"), [(64, 128_256), (300, 49_152), (100_000, 7), (512, 2048)])
+def test_on_a_gpu(cuda_library, num_rows, vocab, dtype, with_options):
+    """In place, against the reference in fp64 on the GPU, and to the same bits in every run.
+
+    Tolerances as in `check`; 1e-5 for sums of 128,256 terms and 2^x to 2^-22.
+    """
+    logits, targets = large_rows(num_rows, vocab, dtype)
+    options = PLAIN | {"inverse_temperature": 1 / 0.7}
+    if with_options:
+        options = options_of(num_rows, vocab, targets.cpu(), torch.bfloat16)
+        options = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+    upstream = [torch.randn(num_rows, device="cuda") for _ in range(3)]
+    wide, wanted = logits.double(), torch.empty(num_rows, vocab, dtype=torch.float64, device="cuda")
+    whole = reference.logit_statistics(wide, targets, **widened(options), partial=False)
+    reference.logit_gradient(wide, targets, whole, *(u.double() for u in upstream), **widened(options), out_NV=wanted)
+    runs = []
+    for _ in range(2):
+        out = at_odd_addresses(logits)
+        runs.append((gradient_of(out, targets, options, upstream, out), out))
+    (statistics, out), (statistics_again, out_again) = runs
+    assert torch.equal(statistics, statistics_again) and torch.equal(out, out_again)
+    torch.testing.assert_close(statistics.double(), whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.double(), wanted, rtol=ROUNDING[dtype] + 2e-5, atol=2e-6)
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits_on_a_gpu(cuda_library):
+    """2.2 billion bf16 logits: the last rows lie beyond 2^31 elements."""
+    num_rows, vocab = 17_000, 131_072
+    if torch.cuda.get_device_properties(0).total_memory < 16 * 2**30:
+        pytest.skip("needs 16 GiB of GPU memory")
+    logits = torch.zeros(num_rows, vocab, dtype=torch.bfloat16, device="cuda")
+    targets = torch.full((num_rows,), 5, device="cuda")
+    logits[-1, 5] = 3.0
+    ones = torch.ones(num_rows, device="cuda")
+    statistics = gradient_of(logits, targets, PLAIN, [ones, None, None], logits)
+    total = vocab - 1 + math.exp(3)
+    assert statistics[0, 0].item() == pytest.approx(-math.log(vocab), rel=1e-5)
+    assert statistics[0, -1].item() == pytest.approx(3 - math.log(total), rel=1e-5)
+    assert logits[-1, 5].item() == pytest.approx(1 - math.exp(3) / total, rel=2**-8)
+    assert logits[-1, 6].item() == pytest.approx(-1 / total, rel=2**-8)
+
+
+@pytest.mark.gpu
+def test_graph_capture(cuda_library):
+    static, targets = large_rows(40, 32_000, torch.bfloat16)
+    upstream, out = [torch.randn(40, device="cuda") for _ in range(3)], torch.empty_like(static)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        gradient_of(static, targets, PLAIN, upstream, out)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        statistics = gradient_of(static, targets, PLAIN, upstream, out)
+    for _ in range(2):
+        static.copy_(3 * torch.randn_like(static))
+        graph.replay()
+        wanted = torch.empty_like(static)
+        assert torch.equal(gradient_of(static, targets, PLAIN, upstream, wanted), statistics)
+        assert torch.equal(out, wanted)
