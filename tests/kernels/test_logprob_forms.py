@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strop.kernels import linear_logprob, lm_head, logprob
+from strop.kernels.reference.softmax import LogitShape
 
 IGNORE = -100
 EPS = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -137,6 +138,53 @@ def test_triton(interpreted, dtype):
     interpreted.check(linear_logprob, hidden, weight, targets, upstream=upstream, bias=torch.randn(300), **shape, **tolerance)
     interpreted.check(logprob, (torch.randn(2, 3, 300) * 9).to(dtype).requires_grad_(), targets, upstream=upstream,
                       **shape, **tolerance)  # fmt: skip
+
+
+@pytest.fixture
+def narrow_products(monkeypatch):
+    """What CUDA has and a CPU lacks: products that read bf16 or fp16 and write fp32. Chunks of 16 rows, 64 of them wait."""
+    monkeypatch.setattr(lm_head, "multiplies_narrow", lambda hidden, weight: hidden.dtype == weight.dtype != torch.float32)
+    multiply, add_product_ = lm_head.multiply, lm_head.add_product_
+    monkeypatch.setattr(lm_head, "multiply", lambda a, b, out: multiply(a.float(), b.float(), out))
+    monkeypatch.setattr(lm_head, "add_product_", lambda total, a, b: add_product_(total, a.float(), b.float()))
+    monkeypatch.setitem(lm_head.BUFFER_BYTES, "cpu", 300 * 16 * 12)
+    monkeypatch.setitem(lm_head.TILE_ROWS, "cpu", 32)
+
+
+@pytest.mark.parametrize("ignored", [0, 0.3])
+@pytest.mark.parametrize("num_rows", [0, 7, 64, 150])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_products(narrow_products, dtype, num_rows, ignored):
+    """linear_logprob's tiles and the chunks of gradients computed in the forward, both with dz in the inputs' dtype."""
+    hidden, weight = torch.randn(num_rows, 8).to(dtype), torch.randn(300, 8).to(dtype)
+    targets = torch.randint(0, 300, (num_rows,)).masked_fill(torch.rand(num_rows) < ignored, IGNORE)
+    upstream = torch.randn(3, num_rows)
+    exact = [tensor.double().requires_grad_() for tensor in (hidden, weight)]
+    expected = linear_logprob(*exact, targets, temperature=0.7)
+    backward(expected, list(upstream.double()))
+
+    rows_of_targets = lm_head.local_targets(targets, IGNORE, 0)
+    head = lm_head.LmHead(hidden, weight, None, rows_of_targets, LogitShape(1 / 0.7, None, None), None)
+    fused, widths = lm_head.HeadGradient(head, (True, True, False), None), []
+    for rows in head.chunks(rows_of_targets != lm_head.IGNORED):
+        logits = head.logits(rows)
+        statistics = head.statistics(logits, rows)
+        dz = head.gradient_(logits, rows, statistics, *upstream[:, rows])
+        assert dz.dtype == dtype
+        widths.append(len(dz))
+        fused.add(rows, dz)
+    assert len(widths) == -(-int((targets != IGNORE).sum()) // 16)
+    in_the_forward = fused.finish()[:2]
+
+    leaves = [tensor.requires_grad_() for tensor in (hidden, weight)]
+    results = linear_logprob(*leaves, targets, temperature=0.7)
+    backward(results, list(upstream))
+    for got, want in zip(results, expected, strict=True):
+        close(got, want, EPS[torch.float32])
+    for gradients in (in_the_forward, [leaf.grad for leaf in leaves]):
+        for got, want in zip(gradients, exact, strict=True):
+            assert got.dtype == dtype
+            close(got, want.grad, EPS[dtype])
 
 
 @pytest.fixture
