@@ -88,19 +88,11 @@ class PolicyLossCall {
   std::vector<float> sums;  // [num_sequences][6]
 };
 
-bool is_sound(const strop_loss_tokens &tokens, const strop_loss_code &code, const float *d_entropy) {
-  const bool sizes = tokens.num_tokens >= 0 && tokens.num_sequences >= 0 && (tokens.cu_seqlens || tokens.num_sequences == 0);
-  const bool sequences = tokens.cu_seqlens || (!strop::needs_sequences(code) && !tokens.sequence_stats);
-  const bool sources = (tokens.rollout_logprob || (code.correction == strop::NO_CORRECTION && !code.has_opsm)) &&
-                       (tokens.ref_logprob || code.kl_coef == 0) && ((tokens.entropy && d_entropy) || code.entropy_coef == 0);
-  return strop::is_known(code) && sizes && sequences && (sources || tokens.num_tokens == 0);  // no token: no address
-}
-
 }  // namespace
 
 extern "C" int strop_cpu_policy_loss(const strop_loss_tokens *tokens, const strop_loss_code *code, float *loss, float *metrics,
                                      float *d_logprob, float *d_entropy) {
-  if (!is_sound(*tokens, *code, d_entropy)) return STROP_BAD_ARGUMENT;
+  if (!strop::is_sound(*tokens, *code, d_entropy)) return STROP_BAD_ARGUMENT;
   try {
     PolicyLossCall(*tokens, *code).run(loss, metrics, d_logprob, d_entropy);
   } catch (const std::bad_alloc &) {

@@ -188,21 +188,13 @@ __global__ void __launch_bounds__(kThreads) policy_loss_kernel(const __grid_cons
   if (lane == 0) *arguments.loss = loss;
 }
 
-bool is_valid(const strop_loss_tokens &in, const strop_loss_code &code, const float *d_entropy) {
-  const bool sizes = in.num_tokens >= 0 && in.num_sequences >= 0 && (in.cu_seqlens || in.num_sequences == 0);
-  const bool sequences = in.cu_seqlens || (!needs_sequences(code) && !in.sequence_stats);
-  const bool sources = (in.rollout_logprob || (code.correction == NO_CORRECTION && !code.has_opsm)) &&
-                       (in.ref_logprob || code.kl_coef == 0) && ((in.entropy && d_entropy) || code.entropy_coef == 0);
-  return is_known(code) && sizes && sequences && (sources || in.num_tokens == 0);
-}
-
 }  // namespace
 
 extern "C" int64_t strop_cuda_policy_loss_workspace(int64_t, int64_t) { return sizeof(Workspace); }
 
 extern "C" int strop_cuda_policy_loss(const strop_loss_tokens *tokens, const strop_loss_code *code, float *loss,
                                       float *metrics, float *d_logprob, float *d_entropy, void *workspace, void *stream) {
-  if (!is_valid(*tokens, *code, d_entropy)) return STROP_BAD_ARGUMENT;
+  if (!is_sound(*tokens, *code, d_entropy)) return STROP_BAD_ARGUMENT;
   const int64_t num_stretches = tokens->num_tokens / kStretch + tokens->num_sequences + 1;
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(num_stretches, kMaxBlocks));
   const Arguments arguments{*tokens,   *code,     num_stretches,

@@ -8,7 +8,7 @@
  * lp, old, rollout, ref: log-probs under the current policy, the one before the update, the sampler, the reference.
  * D = lp - old, clamped to log_ratio_limit; r = e^D; a = weight * advantage, 0 where the token is dropped.
  *
- * strop_loss_code is trusted here: is_known() says whether its choices exist.
+ * All of it trusts its arguments: is_sound() is what the entry points ask first.
  */
 #ifndef STROP_LOSS_TERMS_H
 #define STROP_LOSS_TERMS_H
@@ -49,12 +49,6 @@ enum Correction { NO_CORRECTION, TIS, ICEPOP, MEAN_MASK, SEQUENCE_TRUNCATE, SEQU
 
 constexpr float VESPO_LOG_LOW = -18.420680743952367f, VESPO_LOG_HIGH = 20.0f; /* log 1e-8: the authors' clamp of log w */
 
-STROP_HOST_DEVICE bool is_known(const strop_loss_code &code) {
-  return code.policy >= 0 && code.policy < NUM_POLICIES && code.kl_estimator >= 0 && code.kl_estimator < NUM_KL_ESTIMATORS &&
-         code.kl_gradient >= 0 && code.kl_gradient < NUM_KL_GRADIENTS && code.correction >= 0 &&
-         code.correction < NUM_CORRECTIONS;
-}
-
 /* Whether more of a sequence than its length decides about its tokens. */
 STROP_HOST_DEVICE bool needs_sequence_sums(const strop_loss_code &code) {
   const bool ratio = code.policy == GSPO || code.policy == GSPO_TOKEN || code.policy == GMPO || code.policy == VESPO;
@@ -63,6 +57,21 @@ STROP_HOST_DEVICE bool needs_sequence_sums(const strop_loss_code &code) {
 
 STROP_HOST_DEVICE bool needs_sequences(const strop_loss_code &code) {
   return code.divide_by_length || needs_sequence_sums(code);
+}
+
+STROP_HOST_DEVICE bool is_known(const strop_loss_code &code) {
+  return code.policy >= 0 && code.policy < NUM_POLICIES && code.kl_estimator >= 0 && code.kl_estimator < NUM_KL_ESTIMATORS &&
+         code.kl_gradient >= 0 && code.kl_gradient < NUM_KL_GRADIENTS && code.correction >= 0 &&
+         code.correction < NUM_CORRECTIONS;
+}
+
+/* Whether a call can be served: its choices exist, and every input that the code reads is there (no token, no address). */
+STROP_HOST_DEVICE bool is_sound(const strop_loss_tokens &in, const strop_loss_code &code, const float *d_entropy) {
+  const bool sizes = in.num_tokens >= 0 && in.num_sequences >= 0 && (in.cu_seqlens || in.num_sequences == 0);
+  const bool sequences = in.cu_seqlens || (!needs_sequences(code) && !in.sequence_stats);
+  const bool sources = (in.rollout_logprob || (code.correction == NO_CORRECTION && !code.has_opsm)) &&
+                       (in.ref_logprob || code.kl_coef == 0) && ((in.entropy && d_entropy) || code.entropy_coef == 0);
+  return is_known(code) && sizes && sequences && (sources || in.num_tokens == 0);
 }
 
 /* NaN passes through all three, unlike fminf and fmaxf. */
