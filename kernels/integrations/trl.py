@@ -6,8 +6,9 @@ The loss equals TRL's own: fp32 to 1e-5, in fp64 to 1e-10 (tests/kernels/test_in
 that vLLM couldn't give (NaN) counts as the old policy's in the off-policy mask too, where TRL skips the token.
 
 Served: one process or plain data parallelism (the model's own forward runs, so DDP's hooks do too; the losses are
-normalised as TRL does), tied LM heads, gradient checkpointing, mixed precision, every loss_type. DeepSpeed ZeRO-1 and 2
-keep the LM head whole, but nobody has run them with this. Refused by name: what `trl_options` lists.
+normalised as TRL does), tied LM heads, PEFT adapters below the LM head, gradient checkpointing, mixed precision, every
+loss_type. DeepSpeed ZeRO-1 and 2 keep the LM head whole, but nobody has run them with this. Refused by name: what
+`trl_options` lists.
 """
 
 import functools
@@ -24,6 +25,7 @@ INSTALL = "strop.kernels.integrations.trl needs TRL 1.16: pip install 'trl==1.16
 
 try:
     import trl
+    from accelerate.utils import is_peft_model
     from trl.extras.profiling import profiling_decorator
     from trl.trainer.utils import nanmax, nanmin
 except ModuleNotFoundError as error:
@@ -44,7 +46,9 @@ class GRPOTrainer(trl.GRPOTrainer):
         self.loss_spec = loss_spec(self.args)
         for scored in (self.model, self.ref_model):
             if scored is not None:
-                score_completions(self.accelerator.unwrap_model(scored), self.temperature, self.args.cast_lm_head_to_fp32)
+                scored = self.accelerator.unwrap_model(scored)
+                scored = scored.get_base_model() if is_peft_model(scored) else scored
+                score_completions(scored, self.temperature, self.args.cast_lm_head_to_fp32)
 
     @profiling_decorator
     def _get_per_token_logps_and_entropies(

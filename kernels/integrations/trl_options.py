@@ -93,9 +93,6 @@ def refuse_unserved(trainer: "GRPOTrainer") -> None:
     own = "or use TRL's own GRPOTrainer"
     refusals = {
         f"a {type(trainer.processing_class).__name__} (images)": (trainer._is_vlm, f"pass a tokenizer, {own}"),
-        f"a {type(trainer.model).__name__} with PEFT adapters": (
-            hasattr(trainer.model, "peft_config"), f"train the whole model, {own}"
-        ),
         f"router_aux_loss_coef={trainer.router_aux_loss_coef} of a mixture of experts": (
             trainer.aux_loss_enabled, f"set it to 0, {own}"
         ),

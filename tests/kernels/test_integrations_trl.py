@@ -67,7 +67,7 @@ def some_words(completions: list[str], **columns) -> list[float]:
     return [float(sum(map(len, completion.split())) % 7) for completion in completions]
 
 
-def build(trainer_class, folder: str, tokenizer, output: str, **settings):
+def build(trainer_class, folder: str, tokenizer, output: str, adapters=None, **settings):
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
 
@@ -78,7 +78,9 @@ def build(trainer_class, folder: str, tokenizer, output: str, **settings):
     } | settings))  # fmt: skip
     prompts = Dataset.from_dict({"prompt": [f"w{first} w{second}" for first, second in itertools.pairwise(range(10))]})
     model = AutoModelForCausalLM.from_pretrained(folder)
-    return trainer_class(model, some_words, config, train_dataset=prompts, processing_class=tokenizer)
+    return trainer_class(
+        model, some_words, config, train_dataset=prompts, processing_class=tokenizer, peft_config=adapters
+    )
 
 
 @pytest.mark.parametrize("case", STEPS)
@@ -109,6 +111,24 @@ def test_training_steps_equal_trls(strop_trainer, llama_folder, tokenizer, tmp_p
         assert difference <= 1e-4 * change  # fp32: a change of 1e-3 of the weight is known to 1e-4
     head, embedding = ours.model.get_output_embeddings().weight, ours.model.get_input_embeddings().weight
     assert head is embedding
+
+
+def test_lora_steps_equal_trls(strop_trainer, llama_folder, tokenizer, tmp_path):
+    """The reference is the base model: the adapters are switched off for it."""
+    peft = pytest.importorskip("peft", reason="needs peft (pip install strop[test])")
+    adapters = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    settings = {"beta": 0.1, "num_iterations": 2, "max_steps": 2, "learning_rate": 0.5}
+    trainers = []
+    for trainer_class in (trl.GRPOTrainer, strop_trainer):
+        trainers.append(build(trainer_class, llama_folder, tokenizer, str(tmp_path), adapters, **settings))
+        trainers[-1].train()
+    trls, ours = trainers
+    for expected, got in zip(trls.state.log_history[:2], ours.state.log_history[:2], strict=True):
+        assert expected["kl"] > 0.01
+        for name in ("loss", "kl", "entropy", "grad_norm"):
+            assert got[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
+    for expected, got in zip(trls.model.parameters(), ours.model.parameters(), strict=True):
+        assert (got - expected).norm() <= 1e-5 * expected.norm()
 
 
 def test_a_bf16_step_equals_trls_to_bf16(strop_trainer, llama_folder, tokenizer, tmp_path):

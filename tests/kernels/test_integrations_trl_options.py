@@ -221,7 +221,7 @@ def served_trainer(**changes) -> SimpleNamespace:
     served = {
         "accelerator": SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)), "is_deepspeed_enabled": False,
         "is_fsdp_enabled": False, "_is_vlm": False, "aux_loss_enabled": False, "router_aux_loss_coef": 0.001,
-        "processing_class": object(), "model": object(),
+        "processing_class": object(),
     }  # fmt: skip
     return SimpleNamespace(**served | changes)
 
@@ -231,7 +231,6 @@ def test_unserved_models_and_layouts_are_refused():
     refuse_unserved(served_trainer(is_deepspeed_enabled=True))
     for changes, message in (
         ({"_is_vlm": True}, r"images.*pass a tokenizer"),
-        ({"model": SimpleNamespace(peft_config={})}, r"PEFT.*train the whole model"),
         ({"aux_loss_enabled": True}, r"router_aux_loss_coef=0\.001.*set it to 0"),
         ({"is_fsdp_enabled": True}, r"FSDP.*data parallelism"),
         ({"is_deepspeed_enabled": True, "zero_stage": 3}, r"ZeRO-3.*stage 1 or 2"),
