@@ -13,7 +13,8 @@ from torch.nn.functional import pad
 
 from .checks import FLOATING, INDEX, STATISTICS, check_tensor
 from .dispatch import choose, define_op, load
-from .lm_head import HeadGradient, LmHead
+from .head_gradient import HeadGradient
+from .lm_head import LmHead
 from .logprob_ops import SHAPE, FlatShape
 from .logprobs import check_head, linear_logprob
 from .loss_code import LossCode, encode

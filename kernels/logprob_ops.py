@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .dispatch import choose, define_op, form, refuse_double_backward
-from .lm_head import AVAILABLE, HeadGradient, LmHead, head_gradient, head_statistics, join_shards
+from .head_gradient import HeadGradient, head_gradient
+from .lm_head import AVAILABLE, LmHead, head_statistics, join_shards
 from .reference import linear_logprob as reference
 from .reference.softmax import LogitShape, RowStatistics, Upstream, statistics_dtype
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strop.kernels import linear_logprob, lm_head, logprob
+from strop.kernels import linear_logprob, lm_head, logprob, products
+from strop.kernels.head_gradient import HeadGradient
 from strop.kernels.reference.softmax import LogitShape
 
 IGNORE = -100
@@ -143,10 +144,10 @@ def test_triton(interpreted, dtype):
 @pytest.fixture
 def narrow_products(monkeypatch):
     """What CUDA has and a CPU lacks: products that read bf16 or fp16 and write fp32. Chunks of 16 rows, 64 of them wait."""
-    monkeypatch.setattr(lm_head, "multiplies_narrow", lambda hidden, weight: hidden.dtype == weight.dtype != torch.float32)
-    multiply, add_product_ = lm_head.multiply, lm_head.add_product_
-    monkeypatch.setattr(lm_head, "multiply", lambda a, b, out: multiply(a.float(), b.float(), out))
-    monkeypatch.setattr(lm_head, "add_product_", lambda total, a, b: add_product_(total, a.float(), b.float()))
+    monkeypatch.setattr(products, "multiplies_narrow", lambda hidden, weight: hidden.dtype == weight.dtype != torch.float32)
+    multiply, add_product_ = products.multiply, products.add_product_
+    monkeypatch.setattr(products, "multiply", lambda a, b, out: multiply(a.float(), b.float(), out))
+    monkeypatch.setattr(products, "add_product_", lambda total, a, b: add_product_(total, a.float(), b.float()))
     monkeypatch.setitem(lm_head.BUFFER_BYTES, "cpu", 300 * 16 * 12)
     monkeypatch.setitem(lm_head.TILE_ROWS, "cpu", 32)
 
@@ -165,7 +166,7 @@ def test_narrow_products(narrow_products, dtype, num_rows, ignored):
 
     rows_of_targets = lm_head.local_targets(targets, IGNORE, 0)
     head = lm_head.LmHead(hidden, weight, None, rows_of_targets, LogitShape(1 / 0.7, None, None), None)
-    fused, widths = lm_head.HeadGradient(head, (True, True, False), None), []
+    fused, widths = HeadGradient(head, (True, True, False), None), []
     for rows in head.chunks(rows_of_targets != lm_head.IGNORED):
         logits = head.logits(rows)
         statistics = head.statistics(logits, rows)
@@ -188,10 +189,10 @@ def test_narrow_products(narrow_products, dtype, num_rows, ignored):
 
 
 @pytest.fixture
-def products(monkeypatch) -> list[tuple[int, int]]:
+def multiplied(monkeypatch) -> list[tuple[int, int]]:
     """Shape of the left factor of every product of an LM head."""
     shapes = []
-    multiply, add_product_ = lm_head.multiply, lm_head.add_product_
+    multiply, add_product_ = products.multiply, products.add_product_
 
     def counted_multiply(a, b, out):
         shapes.append(tuple(a.shape))
@@ -201,30 +202,30 @@ def products(monkeypatch) -> list[tuple[int, int]]:
         shapes.append(tuple(a.shape))
         add_product_(total, a, b)
 
-    monkeypatch.setattr(lm_head, "multiply", counted_multiply)
-    monkeypatch.setattr(lm_head, "add_product_", counted_add_product_)
+    monkeypatch.setattr(products, "multiply", counted_multiply)
+    monkeypatch.setattr(products, "add_product_", counted_add_product_)
     return shapes
 
 
-def test_ignored_and_gradientless_rows_cost_nothing_on_a_cpu(products):
+def test_ignored_and_gradientless_rows_cost_nothing_on_a_cpu(multiplied):
     hidden, weight = torch.randn(10, 4, requires_grad=True), torch.randn(50, 4)
     targets = torch.full((10,), IGNORE)
     targets[[1, 4, 7]] = torch.tensor([3, 30, 49])
     hidden.data[0] = math.nan  # nobody reads it
     log_p = linear_logprob(hidden, weight, targets).logprob
-    assert products == [(3, 4)]
+    assert multiplied == [(3, 4)]
     upstream = torch.randn(10)
     upstream[4], upstream[0] = 0, math.nan
     log_p.backward(upstream)
-    assert products[1:] == [(2, 4), (2, 50)]
+    assert multiplied[1:] == [(2, 4), (2, 50)]
     assert hidden.grad.abs().sum(1).nonzero().flatten().tolist() == [1, 7]
 
 
-def test_all_ignored(products):
+def test_all_ignored(multiplied):
     hidden, weight = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
     results = linear_logprob(hidden, weight, torch.full((4,), IGNORE))
     torch.autograd.backward(results, [torch.ones(4)] * 3)
-    assert products == [] and not torch.stack(results).any() and not hidden.grad.any() and not weight.grad.any()
+    assert multiplied == [] and not torch.stack(results).any() and not hidden.grad.any() and not weight.grad.any()
 
 
 def test_a_head_keeps_its_buffer_within_its_bytes(monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
-from strop.kernels import linear_logprob, lm_head
+from strop.kernels import linear_logprob, products
 
 TARGETS = torch.tensor([3, 6, 0, 1])
 
@@ -60,17 +60,17 @@ def test_one_node_for_both_adds_twice():
     torch.testing.assert_close(main_grad, 2 * expected)
 
 
-def test_products(monkeypatch):
+def test_number_of_products(monkeypatch):
     """10 N H V operations, 8 in one node: five products and four."""
-    products = []
+    multiplied = []
     for name in ("multiply", "add_product_"):
-        original = getattr(lm_head, name)
-        monkeypatch.setattr(lm_head, name, lambda *matrices, original=original: products.append(original(*matrices)))
+        original = getattr(products, name)
+        monkeypatch.setattr(products, name, lambda *matrices, original=original: multiplied.append(original(*matrices)))
     for split, expected in ((False, 4), (True, 5)):
-        products.clear()
+        multiplied.clear()
         hidden, weight = torch.randn(4, 5, requires_grad=True), torch.randn(7, 5, requires_grad=True)
         linear_logprob(hidden, weight, TARGETS, split_backward=split).entropy.sum().backward()
-        assert len(products) == expected
+        assert len(multiplied) == expected
 
 
 @pytest.mark.parametrize("trained", ["hidden", "weight", "nothing"])
