@@ -3,8 +3,8 @@
 // Both kernels read every logit once and are limited by that: 2 bytes a bf16 logit forward, 4 with the gradient in place. A row
 // belongs to a block of 256 threads, a short one to a warp. Each thread has kUnroll 16-byte loads in flight; at 4 blocks an SM
 // (64 registers a thread) that is 64 KB, three times what 3 TB/s over 132 SMs need to cover 0.8 us of latency (18 KB). So there
-// is no staging through shared memory or the bulk copy engine. The arithmetic is about 10 instructions a logit, half of what
-// an SM issues in the time that its share of the bandwidth gives one; bias, softcap and mask have kernels of their own.
+// is no staging through shared memory or the bulk copy engine. The arithmetic is 11 instructions a bf16 logit (counted
+// in the machine code); at 3 TB/s an SM has time for 19. Bias, softcap and mask have kernels of their own.
 #include "warp.h"
 
 #include <climits>
@@ -28,16 +28,18 @@ __device__ float tanh_slope(float x) {
   return 4.0f * e / ((1.0f + e) * (1.0f + e));
 }
 
-// N neighbours as floats; `from` may be misaligned as a whole.
+// N neighbours; `from` may be misaligned as a whole.
 template <int N, typename T>
-__device__ Pack<float, N> load_floats(const T *from) {
+__device__ Pack<T, N> load(const T *from) {
+  if (reinterpret_cast<uintptr_t>(from) % alignof(Pack<T, N>) == 0) return *reinterpret_cast<const Pack<T, N> *>(from);
   Pack<T, N> held;
-  if (reinterpret_cast<uintptr_t>(from) % alignof(Pack<T, N>) == 0) {
-    held = *reinterpret_cast<const Pack<T, N> *>(from);
-  } else {
 #pragma unroll
-    for (int i = 0; i < N; ++i) held.value[i] = from[i];
-  }
+  for (int i = 0; i < N; ++i) held.value[i] = from[i];
+  return held;
+}
+
+template <typename T, int N>
+__device__ Pack<float, N> floats_of(const Pack<T, N> &held) {
   Pack<float, N> floats;
 #pragma unroll
   for (int i = 0; i < N; ++i) floats.value[i] = to_float(held.value[i]);
@@ -78,9 +80,9 @@ struct Row {
   template <int N>
   __device__ Pack<float, N> bias_of(int column) const {
     switch (bias_type) {
-      case STROP_BFLOAT16: return load_floats<N>(static_cast<const __nv_bfloat16 *>(bias) + column);
-      case STROP_FLOAT16: return load_floats<N>(static_cast<const __half *>(bias) + column);
-      default: return load_floats<N>(static_cast<const float *>(bias) + column);
+      case STROP_BFLOAT16: return floats_of(load<N>(static_cast<const __nv_bfloat16 *>(bias) + column));
+      case STROP_FLOAT16: return floats_of(load<N>(static_cast<const __half *>(bias) + column));
+      default: return floats_of(load<N>(static_cast<const float *>(bias) + column));
     }
   }
 
@@ -106,9 +108,10 @@ struct Row {
     }
     if constexpr (!kPlain) {
       if (!keep_mask) return;
+      const Pack<uint8_t, N> kept = load<N>(keep_mask + column);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        if (keep_mask[column + i]) continue;
+        if (kept.value[i]) continue;
         u.value[i] = -INFINITY;
         slope.value[i] = 0.0f;
       }
@@ -125,8 +128,8 @@ __device__ void visit_row(const T *logits, int vocab, Visitor &visitor) {
   const int before = static_cast<int>(reinterpret_cast<uintptr_t>(logits) % 16 / sizeof(T));
   const int head = min(vocab, before == 0 ? 0 : N - before);
   const int vectors = (vocab - head) / N, tail = head + vectors * N;
-  if (lane < head) visitor.visit(lane, Pack<float, 1>{{to_float(logits[lane])}});
-  if (tail + lane < vocab) visitor.visit(tail + lane, Pack<float, 1>{{to_float(logits[tail + lane])}});
+  if (lane < head) visitor.visit(lane, floats_of(load<1>(logits + lane)));
+  if (tail + lane < vocab) visitor.visit(tail + lane, floats_of(load<1>(logits + tail + lane)));
   for (int first = lane; first < vectors; first += kUnroll * kTeam) {
     uint4 held[kUnroll];
 #pragma unroll
@@ -140,10 +143,7 @@ __device__ void visit_row(const T *logits, int vocab, Visitor &visitor) {
       if (vector >= vectors) break;
       Pack<T, N> typed;
       memcpy(&typed, &held[i], sizeof typed);
-      Pack<float, N> u;
-#pragma unroll
-      for (int j = 0; j < N; ++j) u.value[j] = to_float(typed.value[j]);
-      visitor.visit(head + vector * N, u);
+      visitor.visit(head + vector * N, floats_of(typed));
     }
   }
 }
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(kPlain))
 
   Pack<float, 1> z{{0.0f}}, slope;
   if (found) {
-    z.value[0] = to_float(statistics.row.logits[target]);
+    z = floats_of(load<1>(statistics.row.logits + target));
     statistics.row.shape(static_cast<int>(target), z, slope);
   }
   const auto write = [&](int index, float value) { out[index * in.num_rows + row] = value; };
@@ -331,33 +331,37 @@ bool is_valid(const strop_logits &in) {
 
 bool is_plain(const strop_logits &in) { return !in.bias && in.softcap == 0 && !in.keep_mask; }
 
-unsigned blocks_of(const strop_logits &in, int team) {
-  const int64_t rows_per_block = kThreads / team;
+unsigned blocks_of(const strop_logits &in) {
+  const int64_t rows_per_block = in.vocab <= kWarpVocab ? kThreads / kWarp : 1;
   return static_cast<unsigned>((in.num_rows + rows_per_block - 1) / rows_per_block);
 }
 
 template <typename T, bool kPlain>
 void launch_statistics(const strop_logits &in, bool partial, float *out, void *stream) {
+  const unsigned blocks = blocks_of(in);
   if (in.vocab <= kWarpVocab) {
-    STROP_LAUNCH((logit_statistics_kernel<T, kPlain, kWarp>), blocks_of(in, kWarp), kThreads, 0, stream, in, partial, out);
+    STROP_LAUNCH((logit_statistics_kernel<T, kPlain, kWarp>), blocks, kThreads, 0, stream, in, partial, out);
   } else {
-    STROP_LAUNCH((logit_statistics_kernel<T, kPlain, kThreads>), blocks_of(in, kThreads), kThreads, 0, stream, in, partial, out);
+    STROP_LAUNCH((logit_statistics_kernel<T, kPlain, kThreads>), blocks, kThreads, 0, stream, in, partial, out);
   }
 }
 
 template <typename T, bool kPlain>
 void launch_gradient(const strop_logits &in, const RowGradients &rows, void *stream) {
+  const unsigned blocks = blocks_of(in);
   if (in.vocab <= kWarpVocab) {
-    STROP_LAUNCH((logit_gradient_kernel<T, kPlain, kWarp>), blocks_of(in, kWarp), kThreads, 0, stream, in, rows);
+    STROP_LAUNCH((logit_gradient_kernel<T, kPlain, kWarp>), blocks, kThreads, 0, stream, in, rows);
   } else {
-    STROP_LAUNCH((logit_gradient_kernel<T, kPlain, kThreads>), blocks_of(in, kThreads), kThreads, 0, stream, in, rows);
+    STROP_LAUNCH((logit_gradient_kernel<T, kPlain, kThreads>), blocks, kThreads, 0, stream, in, rows);
   }
 }
 
 // launch(an element of the logits' type, whether they are plain).
 template <typename Launch>
 void by_kind(const strop_logits &in, const Launch &launch) {
-  const auto by_shape = [&](auto element) { is_plain(in) ? launch(element, std::true_type()) : launch(element, std::false_type()); };
+  const auto by_shape = [&](auto element) {
+    is_plain(in) ? launch(element, std::true_type()) : launch(element, std::false_type());
+  };
   switch (in.logit_type) {
     case STROP_BFLOAT16: return by_shape(__nv_bfloat16());
     case STROP_FLOAT16: return by_shape(__half());

@@ -1,4 +1,4 @@
-/* What the policy loss reports beside its value: the slots of kernels/metrics.py, filled as kernels/reference/metrics.py does. */
+/* What the policy loss reports beside its value: the slots of kernels/metrics.py, as kernels/reference/metrics.py has them. */
 #ifndef STROP_LOSS_METRICS_H
 #define STROP_LOSS_METRICS_H
 
