@@ -5,11 +5,11 @@ Two options act outside the LossSpec: top_entropy_quantile and entropy_coef, bec
 whatever the loss type. Facts are from TRL 1.16, trainer/grpo_config.py and grpo_trainer.py.
 """
 
-import re
 import sys
 from typing import TYPE_CHECKING, Any
 
 from ..specs import Aggregation, Correction, LossSpec
+from .peer_spec import peer_spec
 
 if TYPE_CHECKING:
     from trl import GRPOConfig, GRPOTrainer
@@ -80,11 +80,7 @@ def loss_spec(args: "GRPOConfig") -> LossSpec:
                      "correction_high": sys.float_info.max if high is None else high}  # fmt: skip
     if args.off_policy_mask_threshold is not None:
         settings["opsm_delta"] = args.off_policy_mask_threshold
-    try:
-        return LossSpec(**settings)
-    except ValueError as error:
-        message = re.sub(r"\w+", lambda word: TRLS_NAME.get(word[0], word[0]), str(error))
-        raise ValueError(f"GRPOConfig: {message}") from error
+    return peer_spec(settings, "GRPOConfig", TRLS_NAME)
 
 
 def refuse_unserved(trainer: "GRPOTrainer") -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from .. import LossSpec, linear_logprob, policy_loss, summarize_metrics
 from ..checks import FLOATING, check_tensor
 from ..specs import Aggregation
+from .peer_spec import peer_spec
 
 AGGREGATIONS: dict[str, Aggregation] = {
     "token-mean": "token-mean", "seq-mean-token-sum": "sequence-sum", "seq-mean-token-mean": "sequence-mean",
@@ -33,6 +34,10 @@ MODES = ("vanilla", "gspo", "sapo", "cispo", "gpg")
 LOG_RATIO_LIMIT = 20.0
 """verl clamps log ratios to +-20 before the exponential in these losses."""
 PREFIX = "strop_"
+VERLS_NAME = {
+    "clip_low": "clip_ratio_low", "clip_high": "clip_ratio_high", "dual_clip": "clip_ratio_c", "sapo_tau_positive": "tau_pos",
+    "sapo_tau_negative": "tau_neg",
+}  # fmt: skip
 
 
 def fused_linear_for_ppo(
@@ -139,7 +144,7 @@ def loss_spec(mode: str, loss_agg_mode: str, config: Any) -> LossSpec:
             settings = {"policy": "cispo", **clip, "log_ratio_limit": LOG_RATIO_LIMIT}
         case "gpg":
             settings = {"policy": "reinforce"}
-    return LossSpec(aggregation=AGGREGATIONS[loss_agg_mode], **settings)
+    return peer_spec({"aggregation": AGGREGATIONS[loss_agg_mode], **settings}, "actor config", VERLS_NAME)
 
 
 def denominator(
