@@ -32,3 +32,15 @@ def expm1(x):
 def clamp(x, low, high):
     """x in [low, high]; NaN stays NaN, which min and max on a GPU would drop."""
     return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+@triton.jit
+def order_key(x):
+    """int32 in the order of the floats, NaN above inf: a maximum of keys keeps a NaN, which one of floats drops on a GPU."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(x != x, 0x7FFFFFFF, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
+
+
+@triton.jit
+def from_order_key(key):
+    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)

@@ -336,6 +336,9 @@ def aot_cases() -> list[AotCase]:
     add(logit_gradient_kernel, "bf16 shaped", BF16, **upstream | shaped, out_ptr=BF16)
     add(logit_gradient_kernel, "fp32 to bf16", FP32, **upstream | {"h_ptr": None, "k_ptr": None}, out_ptr=BF16)
     add(logit_gradient_kernel, "fp32 to bf16 shaped", FP32, **upstream | shaped, out_ptr=BF16)
+    single = {"num_rows": 1, "vocab": 1, "row_stride": 1}  # Triton compiles a 1 into the kernel
+    add(logit_statistics_kernel, "one logit", FP32, **whole | single)
+    add(logit_gradient_kernel, "one logit", FP32, **upstream | single | {"out_stride": 1}, out_ptr=FP32)
     join = {"splits_ptr": FP32, "targets_ptr": INT64, "rate_ptr": None, "out_ptr": FP32, "rate": "fp32", "num_rows": "i32",
             "num_splits": "i32", "PARTIAL": False, "MAX_SPLITS": MAX_SPLITS}  # fmt: skip
     return [*cases, AotCase(join_splits_kernel, join, 1)]

@@ -44,7 +44,7 @@ def source_of(case) -> ASTSource:
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(names):
         value = case.arguments[name]
-        if isinstance(value, str):
+        if isinstance(value, str) and not case.kernel.params[index].is_constexpr:
             signature[name] = value.removesuffix(":16")
             if value.endswith(":16"):
                 attributes[(index,)] = [["tt.divisibility", 16]]

@@ -1,0 +1,56 @@
+"""What the programs of a loss leave behind, a row of METRIC_FIELDS each, and the sum of the rows.
+
+The order of the rows is the order of the sum: the same bits in every run.
+"""
+
+import triton
+import triton.language as tl
+
+from ..metrics import FIRST_MAXIMUM, FIRST_MINIMUM, METRIC_FIELDS
+from .elementary import from_order_key, order_key
+
+NUM_FIELDS = tl.constexpr(len(METRIC_FIELDS))
+MINIMA, MAXIMA = tl.constexpr(FIRST_MINIMUM), tl.constexpr(FIRST_MAXIMUM)
+"""First field of each kind; sums come before."""
+NAMES = [name for name, _ in METRIC_FIELDS]
+SEQUENCES, LOSS, CLIP_LOW = (tl.constexpr(NAMES.index(name)) for name in ("sequences", "loss", "clip_low"))
+"""The loss and its three parts are the fields from LOSS to CLIP_LOW."""
+ROWS = tl.constexpr(128)
+"""Rows of the workspace that the last program reads at once."""
+
+
+@triton.jit
+def stack_four(a, b, c, d):
+    """[LANES] each, as one [LANES, 4]."""
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [a.shape[0], 4])
+
+
+@triton.jit
+def stack_eight(a, b, c, d, e, f, g, h):
+    """[LANES] each, as one [LANES, 8]."""
+    return tl.reshape(tl.join(stack_four(a, c, e, g), stack_four(b, d, f, h)), [a.shape[0], 8])
+
+
+@triton.jit
+def largest_key(live, values):
+    """[LANES, WIDTH] -> [LANES], the order key of the largest live value."""
+    return tl.max(order_key(tl.where(live, values, -float("inf"))), 1)
+
+
+@triton.jit
+def add_shares(shares_ptr, loss_ptr, metrics_ptr, num_programs):
+    """The rows of all programs, in their order, as loss and metrics."""
+    fields = tl.arange(0, NUM_FIELDS)
+    total = tl.zeros([NUM_FIELDS], tl.float32)
+    largest = order_key(tl.full([NUM_FIELDS], -float("inf"), tl.float32))
+    for first in range(0, num_programs, ROWS):
+        rows = first + tl.arange(0, ROWS)[:, None]
+        cells, real = shares_ptr + rows.to(tl.int64) * NUM_FIELDS + fields[None, :], rows < num_programs
+        share = tl.load(cells, mask=real, other=0.0, cache_modifier=".cg")
+        total += tl.sum(share, 0)
+        share = tl.where(real, tl.where(fields[None, :] < MAXIMA, -share, share), -float("inf"))
+        largest = tl.maximum(largest, tl.max(order_key(share), 0))
+    largest = from_order_key(largest)
+    extreme = tl.where(fields < MAXIMA, -largest, largest)
+    tl.store(metrics_ptr + fields, tl.where(fields < MINIMA, total, extreme))
+    tl.store(loss_ptr, tl.sum(tl.where(fields == LOSS, total, 0.0), 0))
