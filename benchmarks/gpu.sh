@@ -7,7 +7,9 @@
 #
 #   PYTHON=python3         an interpreter with torch, numpy, pytest, hypothesis, setuptools >= 77 (and for the engine: what
 #                          strop[train] lists). strop itself is installed into a virtual environment in FOLDER, then removed.
-#   STROP_WHEELS=DIR       wheels of Python packages which that interpreter lacks
+#   STROP_WHEELS=DIR       wheels of what that interpreter lacks; beside torch's and transformers' own requirements, rich,
+#                          tensorboard, matplotlib and nvidia-ml-py the engine needs tyro, docstring_parser, typeguard, gguf.
+#                          trl and liger_kernel there are measured too.
 #
 # Each part has a time limit of its own, so that one that hangs or fails costs the others nothing. Exit code 1 if a part
 # failed; a part that can't run here is skipped, with the reason in the summary.

@@ -20,12 +20,11 @@ def extra_on_cuda(candidate: Candidate, device: torch.device) -> int:
     """Bytes. The candidate has run before: libraries have their workspaces."""
     if candidate.before is not None:
         candidate.before()
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     outputs = candidate.run()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before - _bytes(outputs)
+    extra = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+    del outputs  # which was to be held until here
+    return extra
 
 
 class ChildProcesses:
@@ -55,7 +54,7 @@ def _measure(module: str, quick: bool, threads: int, comparison: int, name: str,
     torch.set_num_threads(threads)
     device = torch.device("cpu")
     candidate = importlib.import_module(module).comparisons(device, quick)[comparison].make()[name]
-    candidate()  # compiles, starts threads, allocates the libraries' buffers
+    kept = candidate()  # compiles, starts threads, allocates the libraries' buffers; held, so that nothing takes its place
     if candidate.before is not None:
         candidate.before()
     gc.collect()
@@ -63,13 +62,15 @@ def _measure(module: str, quick: bool, threads: int, comparison: int, name: str,
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     outputs = candidate.run()
-    pipe.send(max(_resident("VmHWM") - before - _bytes(outputs), 0))
+    pipe.send(max(_resident("VmHWM") - before - _new_bytes(outputs, kept), 0))
 
 
 def _resident(field: str) -> int:
     return int(re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def _bytes(outputs: Outputs) -> int:
+def _new_bytes(outputs: Outputs, kept: Outputs) -> int:
+    """Of the results that the call allocated: not those that it wrote into what was there."""
+    old = {tensor.untyped_storage().data_ptr() for tensor in kept.values()}
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in outputs.values()}
-    return sum(storages.values())
+    return sum(size for place, size in storages.items() if place not in old)
