@@ -7,6 +7,7 @@ namespace {
 
 int best_level() {
 #ifdef __x86_64__
+  __builtin_cpu_init();  // this runs as a static initialiser, perhaps before the compiler's own
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
