@@ -176,9 +176,10 @@ def check_tokens(
             f"{spec.opsm_delta} need whole sequences: pass cu_seqlens, or dense [B, L] tensors"
         )
 
-
     def flat(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.reshape(-1).to(logprob.dtype)
+        if tensor is None or (tensor.dim() == 1 and tensor.dtype == logprob.dtype):
+            return tensor  # without 2 us of calls that change nothing
+        return tensor.reshape(-1).to(logprob.dtype)
 
     def constant(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else flat(tensor.detach())
