@@ -158,8 +158,10 @@ STROP_HOST_DEVICE SequenceSums sequence_sums(const Token &token, const strop_los
   const Weight weight = token_weight(token, code);
   Real ratio = log_ratio(token, code);
   if (code.policy == GMPO) ratio = clipped_log_ratio(ratio, token.advantage, code);
-  if (code.policy == VESPO) {
-    const Real log_weight = clamped(STROP_LOSS_LOG(weight.value), VESPO_LOG_LOW, VESPO_LOG_HIGH);
+  if (code.policy == VESPO) { /* log w is taken from the gap: by way of e^gap, thousands of roundings add up */
+    const Real gap = code.correction == NO_CORRECTION ? Real{} : token.old_logprob - token.rollout_logprob;
+    const Real cut = weight.masked ? real(VESPO_LOG_LOW) : STROP_LOSS_LOG(weight.value);
+    const Real log_weight = clamped(weight.masked || weight.truncated ? cut : gap, VESPO_LOG_LOW, VESPO_LOG_HIGH);
     ratio = clamped(ratio, -VESPO_LOG_HIGH, VESPO_LOG_HIGH) + log_weight;
   }
   const Real a = weight.value * token.advantage;

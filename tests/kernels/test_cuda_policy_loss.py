@@ -26,11 +26,12 @@ POLICIES = [
     LossSpec(policy="reinforce"),
     LossSpec(log_ratio_limit=0.3),
 ]
+# Bounds of weights that fp32 holds exactly: vespo adds up the logarithm of one for every truncated token.
 REST = [
-    {"correction": "tis", "correction_high": 1.1, "kl_coef": 0.1},
-    {"correction": "icepop", "correction_low": 0.8, "correction_high": 1.2, "kl_coef": 0.1, "kl_estimator": "k2"},
+    {"correction": "tis", "correction_high": 1.125, "kl_coef": 0.1},
+    {"correction": "icepop", "correction_low": 0.75, "correction_high": 1.25, "kl_coef": 0.1, "kl_estimator": "k2"},
     {"correction": "mean-mask", "correction_low": 0.97, "correction_high": 1.03, "aggregation": "token-mean"},
-    {"correction": "sequence-truncate", "correction_high": 1.1, "aggregation": "sequence-sum", "entropy_coef": 0.2},
+    {"correction": "sequence-truncate", "correction_high": 1.125, "aggregation": "sequence-sum", "entropy_coef": 0.2},
     {"correction": "sequence-mask", "correction_low": 0.5, "correction_high": 1.5, "kl_coef": 0.1, "kl_gradient": "unbiased"},
     {"opsm_delta": 0.0, "kl_coef": 0.1, "kl_estimator": "k1", "kl_gradient": "straight-through"},
     {"opsm_delta": 0.0, "correction": "tis", "kl_coef": 0.1, "kl_gradient": "straight-through", "aggregation": "constant"},
@@ -217,11 +218,16 @@ LONG = [1, 0, 2048, 513, 700, 12_000, 3, 9000, 0, 8000]
 @pytest.mark.gpu
 @pytest.mark.parametrize("spec", SPECS, ids=settings)
 def test_on_a_gpu(cuda_library, spec):
-    """32k tokens, one sequence of 12,000 (whose sums cancel: 1e-4), to the same bits in every run."""
+    """32k tokens, one sequence of 12,000, to the same bits in every run.
+
+    Sums cancel: 1e-4. vespo: the logarithm of a bound is 4e-9 off, in 6000 tokens the same way, and phi's exponent has slopes
+    of 20 in their sum: 1e-3.
+    """
     batch = Batch(LONG, padding=503, spread=0.1)
     on_gpu = batch.cuda()
     got, again = on_gpu.by_kernel(spec), on_gpu.by_kernel(spec)
-    assert_equal([None if values is None else values.cpu() for values in got], batch.by_reference(spec), tolerance=1e-4)
+    tolerance = 1e-3 if spec.policy == "vespo" else 1e-4
+    assert_equal([None if values is None else values.cpu() for values in got], batch.by_reference(spec), tolerance)
     for first, second in zip(got, again, strict=True):
         assert first is second is None or torch.equal(first.view(torch.int32), second.view(torch.int32))
 
