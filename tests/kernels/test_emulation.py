@@ -63,9 +63,9 @@ def test_warp_functions(probe):
 
 
 def test_atomics(probe):
-    counters = torch.zeros(4, dtype=torch.int32)
+    counters = torch.zeros(5, dtype=torch.int32)
     probe.probe_atomic(pointer(counters), None)
-    assert counters.tolist() == [2 * 6 * 50, 49, -5, 42]
+    assert counters.tolist() == [2 * 6 * 50, 49, -5, 42, 6 * 50 % 7]
 
 
 def test_16_bit_floats_round_as_torch(probe):

@@ -65,6 +65,7 @@ __global__ void atomic_kernel(int* counters) {
   atomicMax(&counters[1], static_cast<int>(threadIdx.x));
   atomicMin(&counters[2], static_cast<int>(threadIdx.x) - 5);
   atomicCAS(&counters[3], 0, 42);
+  atomicInc(reinterpret_cast<unsigned*>(&counters[4]), 6);
 }
 
 __global__ void round_kernel(const float* in, __nv_bfloat16* bf16, __half* half) {
