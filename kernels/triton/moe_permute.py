@@ -13,7 +13,7 @@ from .ahead_of_time import BF16, FP32, AotCase
 ASSIGNMENTS = 256
 """Assignments that one program counts and ranks."""
 CHUNK = 32
-"""Assignments compared with all others of the program at a time: 8192 comparisons, 64 a thread."""
+"""Assignments compared with all others of the program at a time: 8192 comparisons, 32 a thread of 8 warps."""
 INT32 = "*i32:16"
 
 
@@ -147,8 +147,9 @@ def expert_order(
     )
     if num_blocks:
         place_kernel[(num_blocks,)](
-            ids, prefix, offsets, rows, sources, num_assignments, num_experts, ASSIGNMENTS=ASSIGNMENTS, CHUNK=CHUNK
-        )
+            ids, prefix, offsets, rows, sources, num_assignments, num_experts, ASSIGNMENTS=ASSIGNMENTS, CHUNK=CHUNK,
+            num_warps=8,
+        )  # fmt: skip
     return rows, sources, counts, offsets
 
 
@@ -206,7 +207,7 @@ def aot_cases() -> list[AotCase]:
     integers = {"num_assignments": "i32:16", "num_experts": "i32:16"}
     cases = [
         AotCase(place_kernel, {"ids_ptr": "*i64:16", "prefix_ptr": INT32, "offsets_ptr": INT32, "rows_ptr": INT32,
-                               "sources_ptr": INT32, **integers, "ASSIGNMENTS": ASSIGNMENTS, "CHUNK": CHUNK}, 4),
+                               "sources_ptr": INT32, **integers, "ASSIGNMENTS": ASSIGNMENTS, "CHUNK": CHUNK}, 8),
     ]  # fmt: skip
     for num_experts, multiple_of in ((8, 1), (256, 128)):
         experts, label = table_width(num_experts), f"E={num_experts}"
