@@ -54,11 +54,14 @@ def logit_gradient(
         bias_V=bias_V,
         keep_mask_NV=keep_mask_NV,
     )
-    per_row = [None if tensor is None else tensor.contiguous() for tensor in (*statistics_3N.unbind(0), g_N, h_N, k_N)]
+    statistics_3N = statistics_3N.contiguous()
+    first, field_bytes = statistics_3N.data_ptr(), statistics_3N.element_size() * len(targets_N)
+    upstream = [None if gradient is None else gradient.contiguous() for gradient in (g_N, h_N, k_N)]
     native.call(
         "logit_gradient",
         ctypes.byref(rows),
-        *(address(tensor) for tensor in per_row),
+        *(ctypes.c_void_p(first + field * field_bytes) for field in range(3)),
+        *(address(gradient) for gradient in upstream),
         address(out_NV),
         ctypes.c_int(TYPE_CODES[out_NV.dtype]),
         ctypes.c_int64(out_NV.stride(0)),
