@@ -86,7 +86,8 @@ def test_linear_logprob_keeps_no_logits(rows):
 
 @pytest.mark.parametrize("rows", [8192, 32768])
 def test_linear_policy_loss_takes_half_a_gigabyte(rows):
-    """At most 0.5 GB beside d_hidden, with d_weight going into fp32 main_grad. d_hidden is summed in fp32."""
+    """At most 0.5 GiB beside d_hidden and 128 bytes a token, with d_weight going into fp32 main_grad; d_hidden is summed in
+    fp32 before it is rounded."""
     hidden_size, vocab = 1024, 65_536
     hidden = torch.randn(rows, hidden_size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(vocab, hidden_size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -101,6 +102,5 @@ def test_linear_policy_loss_takes_half_a_gigabyte(rows):
         )
         return torch.autograd.grad(result.loss, (hidden,))
 
-    d_hidden_fp32 = rows * hidden_size * 4 / MIB
-    assert extra_memory(step) <= 0.5e9 / MIB + d_hidden_fp32
+    assert extra_memory(step) <= 512 + rows * (hidden_size * 4 + 128) / MIB
     assert main_grad.abs().sum() > 0
