@@ -7,6 +7,11 @@ test_integrations_trl.py and test_integrations_verl.py.
 import re
 import subprocess
 import sys
+from pathlib import Path
+
+import strop.kernels
+
+ROOT = Path(__file__).parents[2]
 
 MISSING = {
     "transformers", "trl", "triton", "liger_kernel", "datasets", "accelerate", "tokenizers", "safetensors", "tyro", "rich",
@@ -44,3 +49,15 @@ def test_extras_are_really_missing_there():
     for name in ("transformers", "triton"):
         done = run_alone(f"import {name}")
         assert done.returncode == 1 and f"No module named '{name}'" in done.stderr
+
+
+def test_the_table_of_forms_is_true():
+    """Each row against the folders kernels/cpu, triton and cuda."""
+    module = {"linear_logprob": "logit_rows", "logprob": "logit_rows", "linear_policy_loss": "policy_loss",
+              "moe_unpermute": "moe_permute"}  # fmt: skip
+    rows = re.findall(r"^\| (`\w+`.*?) \| (yes|-) \| (yes|-) \| (yes|-) \|$", (ROOT / "README.md").read_text(), re.M)
+    said = {op: forms for names, *forms in rows for op in re.findall(r"`(\w+)`", names)}
+    files = {op: [ROOT / f"kernels/{form}/{module.get(op, op)}.py" for form in ("cpu", "triton", "cuda")] for op in said}
+    found = {op: ["yes" if path.exists() else "-" for path in paths] for op, paths in files.items()}
+    assert said == found
+    assert set(said) <= set(strop.kernels.__all__) and len(said) >= 13
