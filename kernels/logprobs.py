@@ -46,7 +46,8 @@ def linear_logprob(
     """Log-prob of `targets` under the LM head, without ever holding all logits: backward makes them again, a chunk at a time
     (8 N H V floating-point operations in all, the bare products 6).
 
-    hidden: [..., H]; weight: [V, H], any floating dtypes; products accumulate in fp32 (fp64 for fp64 inputs).
+    hidden: [..., H]; weight: [V, H], any floating dtypes; products accumulate in fp32 (fp64 for fp64 inputs). Where CUDA
+        multiplies bf16 or fp16, the logits' gradient is rounded to it before backward's products: fp16 needs loss scaling.
     targets: int64 [...], ids of the whole vocabulary. Rows with ignore_index give 0, no gradient, and on a CPU cost nothing.
     temperature: divides the logits; a number or a tensor [...], > 0, not differentiable.
     bias: [V]. softcap: c > 0, logits become c tanh(logits / c), before the temperature (Gemma 2, arXiv 2408.00118).
@@ -95,7 +96,8 @@ def logprob(
     ignore_index: int = -100,
     inplace_backward: bool = False,
 ) -> LogprobResult:
-    """`linear_logprob` for logits [..., V] that exist already (a bias belongs into them).
+    """`linear_logprob` for logits [..., V] that exist already (a bias belongs into them). Evenly spaced rows of neighbouring
+    columns are read where they are; logits of other strides are copied.
 
     inplace_backward: backward writes the gradient into the logits' own storage, which saves [..., V] numbers; whoever reads
     the logits afterwards reads gradients. It needs contiguous logits. The other arguments, the results and the errors are

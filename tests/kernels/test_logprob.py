@@ -204,3 +204,18 @@ def test_logits_may_be_overwritten_in_backward():
     (got,) = torch.autograd.grad(weighted(logprob(logits, targets, inplace_backward=True), upstream), logits)
     assert got.data_ptr() == logits.data_ptr()
     torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_ignored_rows_are_not_read(kernels, monkeypatch):
+    """Padding may hold anything: NaN in hidden, logits, and what arrives from the loss."""
+    monkeypatch.setenv("STROP_KERNELS", kernels)
+    targets, upstream = torch.tensor([1, IGNORE, 2]), torch.tensor([1.0, math.nan, 2.0])
+    hidden, weight, logits = (torch.randn(shape) for shape in ((3, 4), (5, 4), (3, 5)))
+    hidden[1] = logits[1] = math.nan
+    hidden, weight, logits = (tensor.requires_grad_() for tensor in (hidden, weight, logits))
+    for results, leaves in ((linear_logprob(hidden, weight, targets), (hidden, weight)), (logprob(logits, targets), (logits,))):
+        grads = torch.autograd.grad(results, leaves, [upstream] * 3)
+        for tensor in (*results, grads[0]):
+            assert tensor.isfinite().all() and not tensor[1].any()
+        assert all(grad.isfinite().all() and grad.any() for grad in grads)
