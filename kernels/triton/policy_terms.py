@@ -53,12 +53,16 @@ def clip_log_ratio(log_ratio, advantages, ratio_low, ratio_high):
 
 
 @triton.jit
-def sequence_log_ratio(log_ratio, weight, advantages, ratio_low, ratio_high, POLICY: tl.constexpr):
-    """What the sequence's sum of D adds up."""
+def sequence_log_ratio(
+    log_ratio, rollout_gap, weight, cut, advantages, ratio_low, ratio_high, POLICY: tl.constexpr, CORRECTION: tl.constexpr
+):  # fmt: skip
+    """What the sequence's sum of D adds up. weight, cut: of `token_weight`."""
     if POLICY == "gmpo":
         log_ratio = clip_log_ratio(log_ratio, advantages, ratio_low, ratio_high)
     elif POLICY == "vespo":
-        log_ratio = clamp(log_ratio, -VESPO_LOG_HIGH, VESPO_LOG_HIGH) + clamp(tl.log(weight), VESPO_LOG_LOW, VESPO_LOG_HIGH)
+        log_ratio = clamp(log_ratio, -VESPO_LOG_HIGH, VESPO_LOG_HIGH)
+        if CORRECTION != "none":  # log w without the detour over its exponential: thousands of roundings would add up
+            log_ratio += clamp(tl.where(cut, tl.log(weight), rollout_gap), VESPO_LOG_LOW, VESPO_LOG_HIGH)
     return log_ratio
 
 

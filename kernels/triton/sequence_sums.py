@@ -50,9 +50,11 @@ def sum_sequence(
             old = inside_mask(old_ptr, first, local, in_memory, live) if old_ptr is not None else lp
             rollout = inside_mask(rollout_ptr, first, local, in_memory, live) if rollout_ptr is not None else old
             advantages = inside_mask(advantages_ptr, first, local, in_memory, live)
-            weight, _ = token_weight(old - rollout, correction_low, correction_high, CORRECTION)
+            weight, cut = token_weight(old - rollout, correction_low, correction_high, CORRECTION)
             log_ratio = clamp(lp - old, -log_ratio_limit, log_ratio_limit)
-            log_ratio = sequence_log_ratio(log_ratio, weight, advantages, ratio_low, ratio_high, POLICY)
+            log_ratio = sequence_log_ratio(
+                log_ratio, old - rollout, weight, cut, advantages, ratio_low, ratio_high, POLICY, CORRECTION
+            )  # fmt: skip
             log_ratios += tl.sum(tl.where(live, log_ratio, 0.0), 1)
             gaps += tl.sum(old - rollout, 1)
             drifts += tl.sum(rollout - lp, 1)

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from strop.kernels import AdvantageSpec
+from strop.kernels import AdvantageSpec, group_advantage
 from strop.kernels.reference import group_advantage as reference
 
 pytest.importorskip("triton")
@@ -40,6 +40,11 @@ def test_sizes_and_offsets(interpreted):
     """Nothing, one sample, and rewards whose common part fp32 cannot square."""
     for size, offset in ((0, 0.0), (1, 0.0), (40, 1000.0)):
         check(lambda *arguments: interpreted(*arguments)[0], AdvantageSpec(), size, offset)
+
+
+def test_through_the_public_function(interpreted):
+    rewards, group_index = torch.randint(3, (20,)).float(), torch.arange(20) // 4
+    interpreted.check(group_advantage, rewards, group_index, AdvantageSpec(), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from strop.kernels import LossSpec, linear_logprob, linear_policy_loss, logprob
 from strop.kernels.reference import logit_rows as reference
 from strop.kernels.reference.softmax import IGNORED
 
@@ -138,6 +139,28 @@ def test_nan_is_not_hidden(run):
     upstream = (torch.tensor([1.0, torch.nan, 0.0]), None, None)
     *_, out_NV = run(logit_rows.logit_gradient, logits_NV, targets_N, statistics, *upstream, **PLAIN, out_NV=logits_NV)
     assert out_NV[1].isnan().all() and out_NV[0].isfinite().all() and (out_NV[2] == 0).all()
+
+
+def test_through_the_public_functions(interpreted, monkeypatch):
+    """STROP_KERNELS=triton in the interpreting process, the plain-torch form here."""
+    monkeypatch.setenv("STROP_KERNELS", "reference")
+    hidden, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((6, 16), (700, 16), (700,)))
+    logits = torch.randn(6, 700, requires_grad=True)
+    targets = torch.randint(700, (6,))
+    targets[2] = -100
+    upstream = [torch.randn(6) for _ in range(3)]
+    options = {"temperature": torch.rand(6) + 0.5, "softcap": 5.0, "keep_mask": torch.rand(6, 700) < 0.7}
+    options["keep_mask"][[0, 1, 3, 4, 5], targets[[0, 1, 3, 4, 5]]] = True
+    close = {"upstream": upstream, "rtol": 1e-5, "atol": 1e-5}
+    interpreted.check(logprob, logits, targets, **options, **close)
+    interpreted.check(linear_logprob, hidden, weight, targets, **close)
+    interpreted.check(linear_logprob, hidden, weight, targets, bias=bias.detach(), **options, **close)
+    mask, advantages = targets != -100, torch.randn(6)
+    old, spec = torch.randn(6) * 0.1 - 6, LossSpec(aggregation="token-mean", entropy_coef=0.1)
+    interpreted.check(
+        linear_policy_loss, hidden, weight, targets, old, advantages, mask, spec, denominator=5.0, upstream=[torch.tensor(1.0)],
+        rtol=1e-5, atol=1e-5,
+    )  # fmt: skip
 
 
 @pytest.mark.gpu

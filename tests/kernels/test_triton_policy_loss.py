@@ -91,8 +91,8 @@ def expected(spec: LossSpec, batch: Batch, denominator: Tensor) -> tuple[Tensor,
     return loss.detach(), metrics, slopes[0], slopes[1] if spec.entropy_coef else None
 
 
-def check(run, spec: LossSpec, batch: Batch, rtol: float = 1e-5, atol: float = 2e-6) -> Tensor:
-    """run(function, ...) calls the form. Returns the metrics."""
+def check(run, spec: LossSpec, batch: Batch, rtol: float = 1e-5, atol: float = 2e-6, sum_atol: float = 1e-5) -> Tensor:
+    """run(function, ...) calls the form; sum_atol is for the metrics. Returns the metrics."""
     denominator = torch.tensor(3.0, device=batch.tokens["logprob"].device)
     wanted = expected(spec, batch, denominator)
     found = run(form.policy_loss, encode(spec), *batch.arguments(), denominator)
@@ -102,7 +102,7 @@ def check(run, spec: LossSpec, batch: Batch, rtol: float = 1e-5, atol: float = 2
         elif name == "metrics":
             for slot, (field, _) in enumerate(METRIC_FIELDS):
                 text = f"{field}: {value[slot].item()}, expected {exact[slot].item()}"
-                assert torch.isclose(value[slot], exact[slot], rtol=rtol, atol=1e-5, equal_nan=True), text
+                assert torch.isclose(value[slot], exact[slot], rtol=rtol, atol=sum_atol, equal_nan=True), text
         else:
             torch.testing.assert_close(value.double(), exact.double(), rtol=rtol, atol=atol, equal_nan=True)
     return found[1]
@@ -198,8 +198,8 @@ def test_nonfinite_inputs_are_counted_and_not_hidden(run, policy):
 def test_on_a_device(spec):
     """32k tokens in 66 sequences, one of them long; the same bits twice, and from a CUDA graph."""
     batch = Batch([12_000, 0, *[317] * 63, 1], padding=800, device="cuda")
-    # a sum of 20,000 tokens of both signs: fp32 rounds each to 6e-8, and D's sum stands in an exponent for gspo and gmpo
-    metrics = check(lambda function, *arguments: function(*arguments), spec, batch, rtol=2e-5, atol=5e-6)
+    # Sums of 20,000 tokens cancel: what is left of sums of absolute values near 5000 is 1e-7 of those off.
+    metrics = check(lambda function, *arguments: function(*arguments), spec, batch, rtol=1e-4, sum_atol=1e-3)
     arguments = (encode(spec), *batch.arguments(), torch.tensor(3.0, device="cuda"))
     once, twice = form.policy_loss(*arguments), form.policy_loss(*arguments)
     graph = torch.cuda.CUDAGraph()
