@@ -103,7 +103,8 @@ def head_gradient(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`gradient.finish()` after all rows with a non-zero upstream gradient. Logits are made again: 6 N H V operations for the
     gradients of hidden and weight, 4 for one of them."""
-    head, upstream = gradient.head, Upstream(g_N, h_N, k_N)
+    head = gradient.head
+    upstream = Upstream(*(None if values is None else values.contiguous() for values in (g_N, h_N, k_N)))  # often expanded
     for columns, row_tiles in head.tiles(upstream.live_rows(head.targets_N != IGNORED)):
         for rows in row_tiles:
             own = (statistics_3N[:, rows], *upstream.select(rows))

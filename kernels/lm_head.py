@@ -20,7 +20,7 @@ BUFFER_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 """What logits and their gradient may take together."""
 CHUNK_ROWS = 1024
 """At most, in whole rows."""
-HELD_CHUNKS = 4
+HELD_CHUNKS = 3
 """bf16 or fp16 gradients of so many chunks wait for one product: adding a product of few rows to weight's gradient in fp32
 takes as long as reading and writing that gradient (V=128k, H=4096, 3 TB/s: 1.4 ms, the product of 1024 rows itself 1.5)."""
 TILE_ROWS = {"cpu": 4096, "cuda": 8192}
@@ -59,13 +59,19 @@ class LmHead:
         itemsize = self.dtype.itemsize + (held_chunks * self.product_dtype.itemsize if self.narrow else 0)
         return BUFFER_BYTES.get(self.hidden_NH.device.type, BUFFER_BYTES["cpu"]) // itemsize
 
+    def rows_within(self, held_chunks: int) -> int:
+        """Whole rows a piece, in steps that fill the tiles of a tensor-core product where there is one."""
+        rows = self.buffer_elements(held_chunks) // len(self.weight_VH)
+        step = 128 if self.narrow and rows >= 128 else 16
+        return min(max(rows // step * step, 16), CHUNK_ROWS)
+
     @property
     def chunk_rows(self) -> int:
-        rows = self.buffer_elements(HELD_CHUNKS) // len(self.weight_VH) // 16 * 16
-        return min(max(rows, 16), CHUNK_ROWS)
+        """Rows of logits in a chunk whose gradient is wanted."""
+        return self.rows_within(HELD_CHUNKS)
 
     def chunks(self, live_N: Tensor) -> Iterator[Rows]:
-        """Pieces of whole rows of logits. live_N: bool, the rows that count: see `row_pieces`."""
+        """Pieces of whole rows, for gradients. live_N: bool, the rows that count: see `row_pieces`."""
         return row_pieces(live_N, self.chunk_rows)
 
     def tiles(self, live_N: Tensor) -> Iterator[tuple[slice, list[Rows]]]:
@@ -158,7 +164,7 @@ def head_statistics(head: LmHead) -> Tensor:
     statistics = torch.zeros(3 if head.group is None else 5, len(targets_N), dtype=head.dtype, device=targets_N.device)
     if head.group is not None:
         statistics[0] = -torch.inf  # what a row left out adds to the other ranks': nothing
-    for rows in head.chunks(targets_N != IGNORED):
+    for rows in row_pieces(targets_N != IGNORED, head.rows_within(held_chunks=0)):
         statistics[:, rows] = head.own_statistics(head.logits(rows), rows)
     return statistics if head.group is None else join_shards(statistics, targets_N, head.group)
 
