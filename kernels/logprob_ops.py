@@ -209,9 +209,8 @@ def run_logprob_backward_(g, h, k, logprob, entropy, logsumexp, logits, targets,
 
 def write_logit_gradient(out, g, h, k, logprob, entropy, logsumexp, logits, targets, *shape):
     kernels = form("logit_rows", logits, AVAILABLE)
-    upstream = (None if gradient is None else gradient.contiguous() for gradient in (g, h, k))
     statistics = torch.stack((logprob, entropy, logsumexp))
-    kernels.logit_gradient(logits, targets, statistics, *upstream, **row_options(FlatShape(*shape)), out_NV=out)
+    kernels.logit_gradient(logits, targets, statistics, g, h, k, **row_options(FlatShape(*shape)), out_NV=out)
 
 
 logprob = define_op(
