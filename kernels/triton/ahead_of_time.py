@@ -14,7 +14,7 @@ class AotCase(NamedTuple):
     """The function decorated with triton.jit."""
     arguments: dict[str, str | int | float | bool | None]
     """By parameter name, a run-time argument's type ("*bf16", "i32", "i64", "fp32"; ":16" added where address or value is a
-    multiple of 16) or a compile-time constant: constexpr parameters, strides of 1 and absent tensors (None)."""
+    multiple of 16) or a compile-time constant: constexpr parameters (strings too), strides of 1 and absent tensors (None)."""
     num_warps: int
     num_stages: int = 3
     label: str = ""

@@ -93,7 +93,7 @@ def policy_loss_kernel(
     elif cu_seqlens_ptr is not None:  # where the tokens don't need it, one program counts them for the metrics
         wanted = (chunk == 0) | (begin < stop) if NEEDS_SUMS or DIVIDE_BY_LENGTH else chunk == 0
         num_live, log_ratio_sum, gap_sum, drift_sum, up, down = sum_sequence(
-            logprob_ptr, old_ptr, advantages_ptr, mask_ptr, rollout_ptr, start, tl.where(wanted, stop, start), num_tokens,
+            logprob_ptr, old_ptr, advantages_ptr, mask_ptr, rollout_ptr, start, tl.where(wanted, stop, 0), num_tokens,
             ratio_low, ratio_high, correction_low, correction_high, log_ratio_limit, POLICY, CORRECTION, NEEDS_SUMS, LANES,
         )  # fmt: skip
     if NEEDS_SUMS or DIVIDE_BY_LENGTH:
@@ -260,7 +260,7 @@ def policy_loss(
     policy_loss_kernel[grid](
         logprob_T, old_T, advantages_T, mask_T, ref_T, rollout_T, entropy_T, cu_seqlens, sequence_stats, denominator,
         loss, metrics, d_logprob, d_entropy, shares, ticket_counter(device), num_tokens, num_sequences,
-        *code.numbers, **choices(code), LANES=LANES, num_warps=NUM_WARPS,
+        *map(float, code.numbers), **choices(code), LANES=LANES, num_warps=NUM_WARPS,
     )  # fmt: skip
     return loss, metrics, d_logprob, d_entropy
 
@@ -293,6 +293,7 @@ def aot_cases() -> list[AotCase]:
     ]  # fmt: skip
     return [
         AotCase(policy_loss_kernel, {**shared, **choices(encode(spec)), **tensors}, NUM_WARPS,
-                label=f"{spec.policy} {spec.correction}")
+                label=f"{spec.policy} {spec.correction}{' packed' if 'cu_seqlens_ptr' in tensors else ''}"
+                      f"{' T=1' if 'num_tokens' in tensors else ''}")
         for spec, tensors in specs
     ]  # fmt: skip
