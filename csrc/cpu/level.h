@@ -1,13 +1,11 @@
 // The kernels are compiled once for each level of vector instructions; at run time the best one that the CPU has is taken.
 #pragma once
 
-// Standard headers come first, before a level's source turns on instructions: an inline function of theirs, shared by all
-// object files, must not use what another CPU lacks.
+// C headers only, and before a level's source turns on instructions: an inline function or a template of the C++ library is
+// shared by all object files, and the linker might keep the copy that uses what this CPU lacks.
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-
-#include <algorithm>
 
 #include "../include/strop.h"
 

@@ -2,8 +2,6 @@
 // its numbers are vectors.
 #pragma once
 
-#include <algorithm>
-
 #include "level.h"
 #include "simd.h"
 
@@ -58,7 +56,7 @@ template <int kPolicy>
 void sequence_sums(const strop_loss_tokens &tokens, const strop_loss_code &any_code, int64_t first, int64_t last, double *sums) {
   const strop_loss_code code = with_policy<kPolicy>(any_code);
   while (first < last) {
-    const int64_t stop = std::min<int64_t>(last, first + 64 * kLanes);
+    const int64_t stop = last - first < 64 * kLanes ? last : first + 64 * kLanes;
     F some[6] = {};
     for (; first < stop; first += kLanes) {
       const Lanes at(tokens.mask, first, stop);
@@ -97,6 +95,19 @@ void run_losses(const strop_loss_tokens &tokens, const strop_loss_code &code, co
   }
 }
 
+// The first sequence that ends behind a token; num_sequences where none does.
+inline int64_t sequence_at(const strop_loss_tokens &tokens, int64_t token) {
+  int64_t low = 0, high = tokens.num_sequences;
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    if (tokens.cu_seqlens[middle + 1] > token)
+      high = middle;
+    else
+      low = middle + 1;
+  }
+  return low;
+}
+
 // Losses of the tokens [first, last): metrics [NUM_METRICS] are those of them alone. sums: [num_sequences][6] or NULL.
 template <int kPolicy>
 void token_losses(const strop_loss_tokens &tokens, const strop_loss_code &any_code, const float *sums, int64_t first,
@@ -108,15 +119,14 @@ void token_losses(const strop_loss_tokens &tokens, const strop_loss_code &any_co
     run_losses<kPolicy>(tokens, code, nullptr, first, last, totals, d_logprob, d_entropy);
     first = last;
   } else {
-    const int64_t *ends = tokens.cu_seqlens + 1;
-    for (int64_t s = std::upper_bound(ends, ends + tokens.num_sequences, first) - ends; s < tokens.num_sequences; ++s) {
-      const int64_t stop = std::clamp(ends[s], first, last);
+    for (int64_t s = sequence_at(tokens, first); s < tokens.num_sequences && first < last; ++s) {
+      const int64_t end = tokens.cu_seqlens[s + 1], stop = end < first ? first : end > last ? last : end;
       run_losses<kPolicy>(tokens, code, sums + s * 6, first, stop, totals, d_logprob, d_entropy);
-      if ((first = stop) == last) break;
+      first = stop;
     }
   }
-  std::fill(d_logprob + first, d_logprob + last, 0.0f);  // padding
-  if (d_entropy) std::fill(d_entropy + first, d_entropy + last, 0.0f);
+  memset(d_logprob + first, 0, (last - first) * sizeof *d_logprob);  // padding
+  if (d_entropy) memset(d_entropy + first, 0, (last - first) * sizeof *d_entropy);
   for (int metric = 0; metric < strop::NUM_METRICS; ++metric) {
     const F total = totals[metric];
     double value = total[0];

@@ -2,6 +2,10 @@
 
 import ctypes
 import math
+import platform
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,3 +98,16 @@ def test_rounding_is_torchs(cpu_level, dtype):
     same = (out[:, 0].view(torch.int16) == wanted.view(torch.int16)) | (numbers.isnan() & out[:, 0].isnan())
     zero = (out[:, 0] == 0) & (wanted == 0)  # a k of 0 leaves the row 0, whose sign is +
     assert (same | zero).all(), (numbers[~(same | zero)][:5], out[~(same | zero)][:5])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None or shutil.which("nm") is None, reason="needs g++ and nm")
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+def test_a_level_shares_no_function_with_the_others(level, tmp_path):
+    """Of a function that several object files define, the linker keeps any one: AVX-512 code would run on a CPU without it."""
+    if level != "baseline" and platform.machine() != "x86_64":
+        pytest.skip(f"{level} is x86-64")
+    source, compiled = Path(__file__).parents[2] / f"csrc/cpu/{level}.cpp", tmp_path / "level.o"
+    subprocess.run(["g++", "-std=c++17", "-O0", "-fPIC", "-c", source, "-o", compiled], check=True)
+    symbols = subprocess.run(["nm", compiled], capture_output=True, text=True, check=True).stdout
+    shared = [line for line in symbols.splitlines() if line.split()[-2] in "WVu"]
+    assert not shared and f"strop_{level}_kernels" in symbols
