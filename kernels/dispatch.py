@@ -121,12 +121,27 @@ def define_op(
                            "differentiated any number of times, is in strop.kernels.reference")  # fmt: skip
 
     LIBRARY.define(schema)
-    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, _on_own_device(run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"strop::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.strop, name).default
     if not op._schema.is_mutable:
         LIBRARY.impl(name, _differentiable(op, save, backward or refuse), "Autograd", with_keyset=True)
     return op
+
+
+def _on_own_device(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` with the GPU of its first tensor as the current one, which is where Triton launches, wherever the tensors are."""
+
+    @functools.wraps(run)
+    def guarded(*arguments):
+        listed = arguments[0] if isinstance(arguments[0], list) else arguments
+        first = next((argument for argument in listed if isinstance(argument, Tensor)), None)
+        if first is None or not first.is_cuda or first.device.index == torch.cuda.current_device():
+            return run(*arguments)
+        with torch.cuda.device(first.device):
+            return run(*arguments)
+
+    return guarded
 
 
 def _differentiable(
