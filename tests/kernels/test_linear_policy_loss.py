@@ -413,6 +413,17 @@ def test_compiles(spec, with_main_grad):
             compiled(*case.leaves, main_grad).loss.mul(2).backward()
 
 
+def test_triton(interpreted):
+    """Both Triton kernels of the fused form, in one chunk of the size that a GPU takes."""
+    case, spec = Case(lengths=(5, 4)), LossSpec(entropy_coef=0.2, kl_coef=0.1, correction="tis")
+    names = ("old_logprob", "advantages")
+    interpreted.check(
+        linear_policy_loss, *case.leaves[:2], case.targets, *(case.tokens[name] for name in names), case.mask, spec,
+        ref_logprob=case.tokens["ref_logprob"], rollout_logprob=case.tokens["rollout_logprob"], cu_seqlens=case.cu_seqlens,
+        denominator=3.0, upstream=[torch.tensor(-2.0)], **CLOSE,
+    )  # fmt: skip
+
+
 def test_double_backward_is_refused():
     case = Case()
     with pytest.raises(RuntimeError, match="linear_policy_loss: a double backward isn't supported"):
