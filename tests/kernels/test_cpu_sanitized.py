@@ -1,4 +1,4 @@
-"""The tests of csrc/cpu once more, in a process whose library stops at the first address or behaviour that C++ doesn't allow."""
+"""The tests of csrc/cpu once more, in a process whose library stops at the first access or behaviour C++ doesn't allow."""
 
 import os
 import shlex
