@@ -65,25 +65,26 @@ def linear_policy_loss(
 
     hidden: [T, H] or [B, L, H]. Except for loss_scale and main_grad the arguments and the errors are those of the two ops.
 
-    Fused form, 6 N H V floating-point operations: chunk by chunk of tokens the logits are made, scored, turned into their
-    gradient and multiplied into those of hidden, weight and bias. Kept for backward are these gradients, in the dtypes of
-    their tensors, and nothing else. It needs every token's slope from that token's log-prob alone, so it doesn't run for
-        policies gspo, gspo-token, gmpo, vespo and opsm_delta; sequence corrections without old_logprob
-            (all of these do where `sequence_stats` are given, which hold what the other tokens would tell);
-        float64, STROP_KERNELS=reference and devices without a kernel for the policy loss.
-    There the ops run one after the other, 8 N H V: three numbers a token are kept, backward makes the logits again. Without a
-    gradient to compute (torch.no_grad()) it is 2 N H V.
+    Fused, it is 6 N H V floating-point operations: chunk by chunk of tokens the logits are made, scored, turned into their
+    gradient and multiplied into those of hidden, weight and bias. These gradients, in the dtypes of their tensors, are all
+    that backward keeps; they belong to three autograd nodes. A token's slope must follow from its own log-prob, so the two
+    ops run one after the other instead (8 N H V: backward makes the logits again from three numbers a token) with
+      - policies gspo, gspo-token, gmpo and vespo, opsm_delta, and sequence corrections without old_logprob, unless
+        sequence_stats are given: they hold what the other tokens would tell;
+      - float64, STROP_KERNELS=reference, and devices without a kernel for the policy loss.
+    Where no gradient is wanted (torch.no_grad(), nothing requires one) it is 2 N H V.
 
     loss_scale: what the loss will be multiplied with before backward (a loss scaler's factor, 1 / micro-batches), a number or
-        a 0-dim tensor: the fused form computes the gradients of loss * loss_scale. Another upstream gradient u multiplies
-        them by u / loss_scale in backward.
+        a 0-dim tensor, > 0: the fused form computes the gradients of loss * loss_scale. An upstream gradient u multiplies
+        them by u / loss_scale; where that is 1 on a CPU they are handed on without a copy.
     main_grad: [V, H] in fp32, to which weight's gradient is added; `weight.grad` stays as it is. The fused form adds it *in
-        the forward*, without a V x H temporary. So there u must be loss_scale: anything else is a ValueError in backward on
-        a CPU, a device-side assertion elsewhere and under torch.compile. And whether backward follows or not, the gradient
-        is in main_grad: score under torch.no_grad(), zero main_grad to drop a step, and keep activation checkpointing, which
-        runs a forward twice, away from this call.
-    split_backward: as in `linear_logprob`, for where the ops run one after the other. In the fused form hidden, weight and
-        bias always have nodes of their own.
+        the forward*, without a V x H temporary. There u must be loss_scale: anything else is a ValueError in backward on a
+        CPU, a device-side assertion elsewhere and under torch.compile. And whether backward follows or not, the gradient is
+        in main_grad: score under torch.no_grad(), zero main_grad to drop a step, and keep activation checkpointing, which
+        runs a forward twice, and a second backward of a retained graph away from it.
+    split_backward: that of `linear_logprob`, for where the two ops run.
+
+    Raises also ValueError for a loss_scale that isn't above 0 and RuntimeError for a double backward.
     """
     check_tensor("hidden", hidden, FLOATING)
     check_tensor("targets", targets, INDEX, device=hidden.device)
