@@ -15,6 +15,8 @@ from rates import Rates
 from timing import Candidate, Outputs, Times, interleaved
 from torch import Tensor
 
+from strop.kernels import native
+
 OURS = "strop"
 SECONDS = {False: 12.0, True: 1.5}
 """For the timed rounds of a comparison, by --quick."""
@@ -177,7 +179,10 @@ def command_line(description: str) -> tuple[torch.device, bool, Path]:
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, no torch.compile")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the table (Markdown) and the numbers (JSON)")
     arguments = parser.parse_args()
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu"), arguments.quick, arguments.out
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if native.choice() == "auto" and native.library(device.type) is None:  # dispatch would quietly measure something else
+        raise SystemExit(f"{native.why_missing(device.type)}; STROP_KERNELS=reference (or triton) measures without it")
+    return device, arguments.quick, arguments.out
 
 
 def main(file: str, description: str, comparisons: Callable[[torch.device, bool], list[Comparison]]) -> None:
