@@ -19,7 +19,7 @@ from .logprob_ops import SHAPE, FlatShape
 from .logprobs import check_head, linear_logprob
 from .loss_code import LossCode, encode
 from .metrics import METRIC_FIELDS, SUMS, combine_metrics
-from .policy import AVAILABLE, check_arguments, policy_loss
+from .policy import AVAILABLE, check_arguments, contiguous, policy_loss
 from .reference.policy_loss import sequence_stats as reference_stats
 from .reference.softmax import statistics_dtype
 from .specs import SEQUENCE_CORRECTION, SEQUENCE_RATIO, LossSpec
@@ -165,6 +165,8 @@ def _run(
     head = LmHead(hidden_NH, weight_VH, bias_V, targets_N, shape.logit_shape, shape.group)
     gradient = HeadGradient(head, tuple(needs), main_grad_VH)
     score, code = load(implementation, "policy_loss").policy_loss, LossCode(*choices, *numbers)
+    old_N, advantages_N, mask_N, ref_N, rollout_N = contiguous(old_N, advantages_N, mask_N, ref_N, rollout_N)
+    ends, statistics = contiguous(ends, statistics)
     logprob_N = torch.zeros_like(advantages_N)
     losses, metrics, num_done = [], [], 0
     chunks = list(head.chunks(mask_N)) or [slice(0, 0)]

@@ -191,14 +191,16 @@ def check_tokens(
     )  # fmt: skip
 
 
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """What a form takes: it reads memory from the first element on and knows no strides."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
 def _run(
     logprob: Tensor, old_logprob: Tensor | None, advantages: Tensor, mask: Tensor, ref_logprob: Tensor | None,
     rollout_logprob: Tensor | None, entropy: Tensor | None, cu_seqlens: Tensor | None, sequence_stats: Tensor | None,
     denominator: Tensor, choices: Sequence[int], numbers: Sequence[float], implementation: str,
 ):  # fmt: skip
-    def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-        return [None if tensor is None else tensor.contiguous() for tensor in tensors]
-
     loss, metrics, d_logprob, d_entropy = load(implementation, "policy_loss").policy_loss(
         LossCode(*choices, *numbers),
         *contiguous(logprob, old_logprob, advantages, mask, ref_logprob, rollout_logprob, entropy, cu_seqlens, sequence_stats),

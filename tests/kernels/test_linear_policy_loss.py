@@ -200,6 +200,36 @@ def test_any_batch(spec, lengths, padding, vocab, mask_share, seed, rows, with_o
         case.check(spec, upstream, **({} if with_old else {"old_logprob": None}))
 
 
+@pytest.mark.parametrize("mask_share", [0.7, 1])
+def test_any_strides(mask_share):
+    """Every second element, columns of a matrix and one number for all tokens, whether chunks are slices or indices."""
+    case = Case(padding=0, mask_share=mask_share)
+    assert bool(case.mask.all()) == (mask_share == 1)
+    spec = LossSpec(policy="gspo-token", kl_coef=0.1, correction="tis", entropy_coef=0.2)
+    case.tokens["advantages"] = torch.full((len(case.mask),), -0.7)
+    logprob, tokens = case.composed(SPECS[0])[1], case.tokens
+    stats = sequence_stats(
+        logprob, tokens["old_logprob"], tokens["advantages"], case.mask, spec, rollout_logprob=tokens["rollout_logprob"],
+        cu_seqlens=case.cu_seqlens,
+    )  # fmt: skip
+    want = case.run(spec, sequence_stats=stats)
+    want_gradients = torch.autograd.grad(want.loss, case.leaves)
+
+    def spread(tensor):
+        apart = torch.stack([tensor, torch.full_like(tensor, 1)], -1)[..., 0]
+        assert not apart.is_contiguous()
+        return apart
+
+    strided = {name: spread(tensor) for name, tensor in tokens.items()}
+    for name in ("mask", "targets", "cu_seqlens"):
+        strided[name] = spread(getattr(case, name))
+    one_number = {"advantages": torch.tensor(-0.7).expand(len(case.mask))}
+    for changes in (strided, one_number, {"sequence_stats": spread(stats)}, {"sequence_stats": stats.t().contiguous().t()}):
+        got = case.run(spec, **{"sequence_stats": stats} | changes)
+        torch.testing.assert_close(tuple(got), tuple(want), rtol=0, atol=0)
+        torch.testing.assert_close(torch.autograd.grad(got.loss, case.leaves), want_gradients, rtol=0, atol=0)
+
+
 def test_dense_batches_are_rows_of_sequences():
     """[B, L] as packed tokens with boundaries every L."""
     case = Case(lengths=(6, 6, 6), padding=0)
