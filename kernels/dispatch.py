@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import native
 
@@ -109,8 +110,12 @@ def define_op(
 
     fake gives outputs of the right shape, dtype and device for torch.compile. save(ctx, inputs, output) and
     backward(ctx, *gradients) are those of `torch.library.register_autograd`; without them a backward raises RuntimeError
-    with `why_no_gradient`. An op whose schema mutates an argument gets no gradient formula at all. No defaults, no keywords
-    and no lists of tensors in a schema that has one.
+    with `why_no_gradient`. An op whose schema mutates an argument gets no gradient formula at all, but tells autograd that the
+    tensor has changed, so that a backward which saved it raises instead of reading the new values. No defaults, no keywords
+    and no lists of tensors in a schema that has a formula.
+
+    Forward-mode derivatives (torch.autograd.forward_ad, torch.func.jvp) are a RuntimeError. torch.func.grad and vjp are one
+    too, torch's own: they want autograd.Functions of another form. torch.vmap calls the op once for each element.
 
     `torch.library.custom_op` would do the same at 3 us (5 us when a gradient is wanted) more a call on a 2-core CPU.
     """
@@ -121,9 +126,9 @@ def define_op(
                            "differentiated any number of times, is in strop.kernels.reference")  # fmt: skip
 
     LIBRARY.define(schema)
-    LIBRARY.impl(name, _on_own_device(run), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"strop::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.strop, name).default
+    LIBRARY.impl(name, _on_own_device(_counting_writes(run, op._schema)), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"strop::{name}", fake, lib=LIBRARY)
     if not op._schema.is_mutable:
         LIBRARY.impl(name, _differentiable(op, save, backward or refuse), "Autograd", with_keyset=True)
     return op
@@ -142,6 +147,25 @@ def _on_own_device(run: Callable[..., Any]) -> Callable[..., Any]:
             return run(*arguments)
 
     return guarded
+
+
+def _counting_writes(run: Callable[..., Any], schema: torch._C.FunctionSchema) -> Callable[..., Any]:
+    """`run`, after which autograd knows of the arguments that the schema says are written."""
+    written = [place for place, argument in enumerate(schema.arguments) if argument.is_write]
+    if not written:
+        return run
+
+    @functools.wraps(run)
+    def counting(*arguments):
+        results = run(*arguments)
+        for place in written:
+            tensors = arguments[place] if isinstance(arguments[place], list) else [arguments[place]]
+            for tensor in tensors:
+                if tensor is not None and not tensor.is_inference():
+                    torch.autograd.graph.increment_version(tensor)
+        return results
+
+    return counting
 
 
 def _differentiable(
@@ -174,11 +198,20 @@ def _differentiable(
     node = type(f"strop_{op._opname}", (torch.autograd.Function,), methods)
 
     def run(keyset: torch._C.DispatchKeySet, *args):
+        if forward_ad._current_level >= 0:  # inside torch.func.jvp as well
+            refuse_tangents(op._opname, args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return node.apply(*args, keyset)
         return run_below(keyset, *args)
 
     return run
+
+
+def refuse_tangents(name: str, arguments: tuple[Any, ...]) -> None:
+    """RuntimeError for an argument of forward-mode differentiation: the op would drop its tangent, which reads as zero."""
+    if any(isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None for value in arguments):
+        raise RuntimeError(f"strop::{name} has no forward-mode derivative (forward_ad, torch.func.jvp): use backward, or the "
+                           "formula in plain torch of strop.kernels.reference")  # fmt: skip
 
 
 def refuse_double_backward(

@@ -1,6 +1,5 @@
 """Public ops: log-prob, entropy and logsumexp of target tokens, from hidden states and the LM head or from logits."""
 
-import math
 import os
 from typing import NamedTuple
 
@@ -9,7 +8,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import logprob_ops as ops
-from .checks import FLOATING, INDEX, STATISTICS, check_tensor, values_may_be_read
+from .checks import (
+    FLOATING,
+    INDEX,
+    STATISTICS,
+    check_positive,
+    check_positive_values,
+    check_tensor,
+    values_may_be_read,
+)
+from .filled import filled
 from .lm_head import local_targets
 from .logprob_ops import FlatShape
 from .reference.softmax import statistics_dtype
@@ -100,14 +108,19 @@ def logprob(
     columns are read where they are; logits of other strides are copied.
 
     inplace_backward: backward writes the gradient into the logits' own storage, which saves [..., V] numbers; whoever reads
-    the logits afterwards reads gradients. It needs contiguous logits. The other arguments, the results and the errors are
-    those of `linear_logprob`; -inf logits are tokens of probability 0.
+        the logits afterwards reads gradients. A RuntimeError where autograd would: in a second backward of a retained graph,
+        and in the backward of any other op that saved these logits. It needs contiguous logits that an op has computed:
+        a leaf would become its own gradient.
+    The other arguments, the results and the errors are those of `linear_logprob`; -inf logits are tokens of probability 0.
     """
     check_tensor("logits", logits, FLOATING)
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits has shape {tuple(logits.shape)}: pass [..., V] with at least one token")
     if inplace_backward and not logits.is_contiguous():
         raise ValueError("inplace_backward needs contiguous logits: pass logits.contiguous() or inplace_backward=False")
+    if inplace_backward and is_leaf_in_training(logits):
+        raise ValueError("inplace_backward would overwrite a leaf that requires grad: pass inplace_backward=False for logits "
+                         "that no op has computed")  # fmt: skip
     rows_shape, vocab, dtype = logits.shape[:-1], logits.shape[-1], statistics_dtype(logits)
     first = check_vocabulary(targets, rows_shape, vocab, logits.device, tp_group, vocab_range, ignore_index)
     shape = flat_shape(temperature, softcap, keep_mask, rows_shape, vocab, dtype, logits.device, tp_group)
@@ -116,6 +129,14 @@ def logprob(
         rows = rows.contiguous()  # row kernels read neighbouring columns
     results = ops.logprob(rows, local_targets(targets.reshape(-1), ignore_index, first), inplace_backward, *shape)
     return LogprobResult(*(values.view(rows_shape) for values in results))
+
+
+def is_leaf_in_training(tensor: Tensor) -> bool:
+    """Whether backward would keep a gradient beside this tensor's own storage. (A graph of torch.compile sees no leaves.)"""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not tensor.requires_grad:
+        return False
+    owner = tensor if tensor._base is None else tensor._base
+    return owner.is_leaf and owner.requires_grad
 
 
 def check_head(
@@ -143,9 +164,14 @@ def check_head(
     if statistics_dtype(weight) != dtype:
         raise TypeError(f"hidden is {hidden.dtype} and weight {weight.dtype}: use float64 for both or for neither")
     if bias is not None:
-        check_tensor("bias", bias, FLOATING, (vocab,), hidden.device)
+        check_tensor("bias", bias, FLOATING, (vocab,), hidden.device, "pass one number for each row of weight")
     if main_grad is not None:
-        check_tensor("main_grad", main_grad, (dtype,), tuple(weight.shape), hidden.device)
+        check_tensor("main_grad", main_grad, (dtype,), tuple(weight.shape), hidden.device, "pass zeros of weight's shape")
+        if main_grad.requires_grad:
+            raise ValueError("main_grad.requires_grad is True, but gradients are added to it in place: pass main_grad.detach()")
+        if any(size > 1 and stride == 0 for size, stride in zip(main_grad.shape, main_grad.stride(), strict=True)):
+            raise ValueError(f"main_grad has strides {main_grad.stride()}, several entries in one place: pass main_grad.clone("
+                             "memory_format=torch.contiguous_format)")  # fmt: skip
         if torch.is_grad_enabled() and not weight.requires_grad:
             raise ValueError("main_grad is given but weight.requires_grad is False: leave main_grad out, or train the weight")
     if deterministic and hidden.is_cuda and os.environ.get(WORKSPACE_VARIABLE) not in (":4096:8", ":16:8"):
@@ -165,10 +191,15 @@ def check_vocabulary(
     ignore_index: int,
 ) -> int:
     """The first token id of this rank's vocabulary rows, after checking targets against the range."""
-    check_tensor("targets", targets, INDEX, tuple(rows_shape), device)
+    instead = "pass one id for each row; the last hidden state of a sequence, which has no next token, can get ignore_index"
+    check_tensor("targets", targets, INDEX, tuple(rows_shape), device, instead)
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index is a {type(ignore_index).__name__}: pass an int, -100 by default")
     if (tp_group is None) != (vocab_range is None):
         given, missing = ("vocab_range", "tp_group") if tp_group is None else ("tp_group", "vocab_range")
         raise ValueError(f"{given} is given without {missing}: a vocabulary-parallel head needs both, a whole one neither")
+    if vocab_range is not None and (len(vocab_range) != 2 or not all(isinstance(edge, int) for edge in vocab_range)):
+        raise TypeError(f"vocab_range {vocab_range}: pass two ints (start, start + {vocab})")
     first, stop = (0, vocab) if vocab_range is None else vocab_range
     if first < 0 or stop - first != vocab:
         raise ValueError(f"vocab_range {vocab_range} doesn't fit this rank's {vocab} tokens: pass (start, start + {vocab})")
@@ -192,19 +223,19 @@ def flat_shape(
     tp_group: dist.ProcessGroup | None,
 ) -> FlatShape:
     """What the flat ops take, after checking it."""
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap {softcap}: must be above 0 and finite; None leaves the logits alone")
+    if softcap is not None:
+        check_positive("softcap", softcap, "pass a number; None leaves the logits alone")
     if keep_mask is not None:
-        check_tensor("keep_mask", keep_mask, (torch.bool,), (*rows_shape, vocab), device)
+        instead = "pass one bool for each row and token of this rank"
+        check_tensor("keep_mask", keep_mask, (torch.bool,), (*rows_shape, vocab), device, instead)
         keep_mask = keep_mask.reshape(-1, vocab)
         keep_mask = keep_mask if keep_mask.stride(1) == 1 else keep_mask.contiguous()
     group_name = None if tp_group is None else tp_group.group_name
     if not isinstance(temperature, Tensor):
-        if not temperature > 0:
-            raise ValueError(f"temperature {temperature}: must be above 0 (score greedy samples at 1)")
+        check_positive("temperature", temperature, "pass a number or one for each row (score greedy samples at 1)")
         return FlatShape(None, 1.0 / temperature, softcap, keep_mask, group_name)
-    check_tensor("temperature", temperature, STATISTICS, tuple(rows_shape), device)
-    if values_may_be_read(device) and not (temperature > 0).all():
-        raise ValueError(f"temperature holds {float(temperature.min())}: must be above 0 (score greedy samples at 1)")
+    instead = "pass a number, or one for each row: temperature.expand(...) of a single one"
+    check_tensor("temperature", temperature, STATISTICS, tuple(rows_shape), device, instead)
+    check_positive_values("temperature", temperature, "score greedy samples at 1")
     inverse_temperature = temperature.detach().to(dtype).reshape(-1).reciprocal()
     return FlatShape(inverse_temperature, 1.0, softcap, keep_mask, group_name)

@@ -206,6 +206,33 @@ def test_logits_may_be_overwritten_in_backward():
     torch.testing.assert_close(got, wanted)
 
 
+def test_overwritten_logits_are_not_read_again():
+    """Autograd knows of the write: a later backward that saved the same logits raises, where it would read gradients."""
+    base, targets = torch.randn(5, 9, requires_grad=True), torch.tensor([0, 8, IGNORE, 3, 3])
+
+    def score(logits):
+        return logprob(logits, targets, inplace_backward=True).logprob.sum()
+
+    logits = base * 1
+    again, squares, other = score(logits), logits.square().sum(), score(2 * base)
+    again.backward(retain_graph=True)
+    for loss in (again, squares, score(logits) + score(logits)):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    other.backward()
+
+
+def test_inplace_backward_refuses_a_leaf():
+    """Its gradient would be the leaf itself."""
+    leaf, targets = torch.randn(2, 3, 9, requires_grad=True), torch.zeros(2, 3, dtype=torch.int64)
+    for logits, own in ((leaf, targets), (leaf.view(6, 9), targets.view(6)), (leaf[0], targets[0])):
+        with pytest.raises(ValueError, match="inplace_backward would overwrite a leaf that requires grad"):
+            logprob(logits, own, inplace_backward=True)
+        with torch.no_grad():
+            logprob(logits, own, inplace_backward=True)
+    logprob(leaf.detach(), targets, inplace_backward=True)
+
+
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
 def test_ignored_rows_are_not_read(kernels, monkeypatch):
     """Padding may hold anything: NaN in hidden, logits, and what arrives from the loss."""
