@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import INDEX, STATISTICS, check_tensor, values_may_be_read
+from .checks import INDEX, STATISTICS, check_instance, check_tensor, values_may_be_read
 from .dispatch import define_op, form
 from .specs import AdvantageSpec, Baseline, Scale
 
@@ -34,10 +34,11 @@ def group_advantage(rewards: Tensor, group_index: Tensor, spec: AdvantageSpec) -
     there is no host sync. Raises ValueError or TypeError naming the argument; group_index values are checked on a CPU and
     under STROP_KERNELS_DEBUG=1.
     """
+    check_instance("spec", spec, AdvantageSpec)
     check_tensor("rewards", rewards, STATISTICS)
     if rewards.dim() != 1:
         raise ValueError(f"rewards has shape {tuple(rewards.shape)}: flatten it to [N]")
-    check_tensor("group_index", group_index, INDEX, tuple(rewards.shape), rewards.device)
+    check_tensor("group_index", group_index, INDEX, tuple(rewards.shape), rewards.device, "pass one a reward")
     if values_may_be_read(rewards.device) and len(rewards):
         low, high = (int(value) for value in torch.aminmax(group_index))
         if low < 0 or high >= len(rewards):

@@ -1,5 +1,7 @@
 """What every public op checks before it computes; each message names the argument, its value and what to pass instead."""
 
+import math
+import numbers
 import os
 
 import torch
@@ -9,6 +11,7 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STATISTICS = (torch.float32, torch.float64)
 INDEX = (torch.int64,)
 INTEGERS = (torch.int64, torch.int32)
+NUMBERS = (numbers.Real, torch.SymFloat, torch.SymInt)
 DEBUG_VARIABLE = "STROP_KERNELS_DEBUG"
 
 
@@ -18,17 +21,47 @@ def check_tensor(
     dtypes: tuple[torch.dtype, ...],
     shape: tuple[int, ...] | None = None,
     device: torch.device | None = None,
+    instead: str = "reshape or expand it",
 ) -> None:
-    """TypeError for a non-tensor or another dtype, ValueError for another shape or device."""
+    """TypeError for a non-tensor or another dtype, ValueError for another shape or device.
+
+    instead: how one gets the expected shape.
+    """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}: pass a torch.Tensor")
     if tensor.dtype not in dtypes:
         wanted = " or ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{name} has dtype {tensor.dtype}, expected {wanted}: convert it with .to({dtypes[0]})")
     if shape is not None and tuple(tensor.shape) != tuple(shape):
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}: {instead}")
     if device is not None and tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, the other arguments on {device}: move it with .to('{device}')")
+
+
+def check_positive(name: str, value: float, instead: str) -> None:
+    """TypeError unless value is a number, ValueError unless it is finite and above 0.
+
+    instead: what to pass, e.g. "pass the step's count of tokens".
+    """
+    if isinstance(value, Tensor) or not isinstance(value, NUMBERS):
+        raise TypeError(f"{name} is a {type(value).__name__}: {instead}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} {value}: must be above 0 and finite; {instead}")
+
+
+def check_positive_values(name: str, tensor: Tensor, instead: str) -> None:
+    """ValueError where an entry isn't finite and above 0, on devices whose values may be read."""
+    if not values_may_be_read(tensor.device):
+        return
+    wrong = tensor[~((tensor > 0) & (tensor < math.inf))]
+    if wrong.numel():
+        raise ValueError(f"{name} holds {wrong.flatten()[0].item()}: must be above 0 and finite; {instead}")
+
+
+def check_instance(name: str, value: object, wanted: type) -> None:
+    """TypeError unless value is an instance of `wanted`, one of the settings of specs.py."""
+    if not isinstance(value, wanted):
+        raise TypeError(f"{name} is {value!r}, a {type(value).__name__}: pass a strop.kernels.{wanted.__name__}")
 
 
 def require_floating(op: str, **tensors: Tensor) -> None:

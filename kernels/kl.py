@@ -38,7 +38,7 @@ def kl(
     check_tensor("logprob", logprob, STATISTICS)
     for name, tensor in (("ref_logprob", ref_logprob), ("old_logprob", old_logprob)):
         if tensor is not None or name == "ref_logprob":
-            check_tensor(name, tensor, STATISTICS, tuple(logprob.shape), logprob.device)
+            check_tensor(name, tensor, STATISTICS, tuple(logprob.shape), logprob.device, "pass one number a token")
     ref = ref_logprob.detach().to(logprob.dtype)
     log_ratio = None
     if gradient == "unbiased":

@@ -10,11 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .checks import STATISTICS, check_tensor
+
 Reduction = Literal["sum", "min", "max"]
 
 SUMS = (
     "tokens",  # trainable tokens
-    "sequences",  # sequences with at least one of them; 0 when the call had no cu_seqlens
+    "sequences",  # sequences with at least one of them, whole ones where sequence_stats is given; 0 without boundaries
     "nonfinite",  # trainable tokens with a NaN or inf among the inputs
     "loss",  # this batch's share of the step's loss (the denominator is the step's): shares add up
     "policy_loss",  # its three parts, with their coefficients
@@ -57,17 +59,26 @@ MEANS = {
 }  # fmt: skip
 
 
+def check_metrics(name: str, metrics: Tensor) -> None:
+    instead = "pass metrics of policy_loss, or their combine_metrics"
+    check_tensor(name, metrics, STATISTICS, (len(METRIC_FIELDS),), instead=instead)
+
+
 def combine_metrics(metrics: Sequence[Tensor]) -> Tensor:
     """Metrics of several micro-batches or ranks as one, slot by slot with each slot's reduction. No host sync.
 
     metrics: tensors fp32 [len(METRIC_FIELDS)] on one device. Returns the same shape. Raises ValueError for an empty list
-    or a wrong shape.
+    or a wrong shape, TypeError for anything but a sequence of tensors.
+
+    Of context-parallel ranks, which share sequences, each reports the count of whole `sequences` (`policy_loss` was given
+    sequence_stats): among c of them the sum is c times the count. All other slots are those of one call.
     """
-    if not metrics:
+    if isinstance(metrics, Tensor):
+        raise TypeError("metrics is a Tensor: pass a list, [metrics] for one")
+    if len(metrics) == 0:
         raise ValueError("combine_metrics got no tensor: pass the metrics of at least one policy_loss call")
     for index, tensor in enumerate(metrics):
-        if tensor.shape != (len(METRIC_FIELDS),):
-            raise ValueError(f"metrics[{index}] has shape {tuple(tensor.shape)}, expected ({len(METRIC_FIELDS)},)")
+        check_metrics(f"metrics[{index}]", tensor)
     stacked = torch.stack(list(metrics))
     return torch.cat([
         stacked[:, :FIRST_MINIMUM].double().sum(0).to(stacked.dtype),
@@ -81,8 +92,9 @@ def summarize_metrics(metrics: Tensor) -> dict[str, float]:
     (`clip_low` -> `clip_low_fraction`). This is the only place where the host waits for the device.
 
     Names whose tokens are 0 (no reference given, nothing trainable) are left out. `weight_ess` is the effective sample
-    size (sum w)^2 / sum w^2 as a fraction of the tokens.
+    size (sum w)^2 / sum w^2 as a fraction of the tokens. Raises ValueError or TypeError for another shape or type.
     """
+    check_metrics("metrics", metrics)
     values = dict(zip((name for name, _ in METRIC_FIELDS), metrics.double().tolist(), strict=True))
     summary = {name: values[name] for name in SUMS[: SUMS.index("clip_low")]}
     for name, count in MEANS.items():

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -21,21 +22,39 @@ def choice() -> str:
     return value
 
 
-@functools.cache
 def library(kind: str) -> ctypes.CDLL | None:
-    """strop_<kind>.so (cpu or cuda), None where it isn't installed. RuntimeError for one built from other sources."""
+    """strop_<kind>.so (cpu or cuda); None where it isn't installed, and where it can't be used, of which one warning tells."""
+    loaded = _open(kind)
+    return None if isinstance(loaded, str) else loaded
+
+
+@functools.cache
+def _open(kind: str) -> ctypes.CDLL | str | None:
+    """The library, why it can't be used, or None where it isn't installed.
+
+    A file of another machine or C library and one of other sources (after an update whose build failed) are the same to a
+    caller: every op still has another form, so a job that may take any form goes on, and STROP_KERNELS=native is an error.
+    """
     path = FOLDER / f"strop_{kind}.so"
     if not path.exists():
         return None
-    loaded = ctypes.CDLL(str(path))
-    version = getattr(loaded, f"strop_{kind}_abi_version")()
-    if version != ABI_VERSION:
-        raise RuntimeError(f"{path} has interface {version}, this version of strop needs {ABI_VERSION}: install strop again")
-    return loaded
+    try:
+        loaded = ctypes.CDLL(str(path))
+        version = getattr(loaded, f"strop_{kind}_abi_version")()
+        reason = f"{path} has interface {version}, this version of strop needs {ABI_VERSION}: install strop again"
+    except (OSError, AttributeError) as error:  # AttributeError: a library, but none of ours
+        version, reason = None, f"{path} can't be loaded ({error}): install strop again on this machine"
+    if version == ABI_VERSION:
+        return loaded
+    if choice() == "auto":
+        warnings.warn(f"{reason}. Until then ops take another form, which may be slower", RuntimeWarning, stacklevel=2)
+    return reason
 
 
 def why_missing(kind: str) -> str:
-    """What build.txt says of a library that isn't installed, in words for an error message."""
+    """Why `library` is None: what is wrong with the file, or what build.txt says of one that isn't there."""
+    if isinstance(reason := _open(kind), str):
+        return reason
     report = FOLDER / "build.txt"
     lines = report.read_text().splitlines() if report.exists() else []
     noted = [line for line in lines if line.startswith(f"strop_{kind}:")]

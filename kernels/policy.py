@@ -1,18 +1,20 @@
 """Public ops: the policy loss and the whole-sequence statistics that it needs under context parallelism."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .checks import STATISTICS, check_tensor
+from .checks import STATISTICS, check_instance, check_positive, check_tensor, values_may_be_read
 from .dispatch import choose, define_op, load, refuse_double_backward
+from .filled import filled
 from .loss_code import NUM_CHOICES, LossCode, encode
 from .metrics import METRIC_FIELDS
 from .reference import policy_loss as reference
 from .reference.policy_loss import SEQUENCE_FIELDS
-from .specs import LossSpec
+from .specs import LossSpec, denominator_kind
 
 AVAILABLE = ("reference", "triton", "cuda", "cpu")
 
@@ -59,18 +61,22 @@ def policy_loss(
     mask: bool, the trainable tokens; what the others hold, NaN included, has no effect.
     ref_logprob: needed by kl_coef > 0. rollout_logprob: by a correction or opsm_delta. entropy: by entropy_coef > 0. Given
         without need, they are only measured.
-    cu_seqlens: int32 or int64 [S + 1], sequence s is tokens cu_seqlens[s] : cu_seqlens[s + 1] and those behind the last are
-        padding. Packed only, and needed where `spec.needs_sequences`; the rows of a dense batch are its sequences.
+    cu_seqlens: int32 or int64 [S + 1], ascending from 0; sequence s is tokens cu_seqlens[s] : cu_seqlens[s + 1] and those
+        behind the last are padding. Packed only, and needed where `spec.needs_sequences`; the rows of a dense batch are its
+        sequences.
     sequence_stats: [S, len(SEQUENCE_FIELDS)], the sum over context-parallel ranks of `sequence_stats(...)`; None where this
-        call holds whole sequences.
-    denominator: > 0, counted over the whole step and all ranks; which count, `denominator_kind(spec)` says.
+        call holds whole sequences. The metric `sequences` then counts the whole sequences, on each of these ranks the same.
+    denominator: > 0, counted over the whole step and all ranks; which count, `denominator_kind(spec)` says. A tensor may hold
+        0 where nothing is trainable: loss and gradients are 0.
 
     A kernel computes loss, gradients and metrics in one launch; kept for backward are the gradients, 4 bytes a token (8 with
     an entropy bonus), which the upstream gradient multiplies. float64, STROP_KERNELS=reference and devices without a kernel
     take the plain-torch form, which autograd differentiates.
 
-    Raises ValueError or TypeError naming the argument, RuntimeError for a double backward through a kernel. Non-finite inputs
-    inside the mask make the loss non-finite and are counted in the metrics.
+    Raises ValueError or TypeError naming the argument, RuntimeError for a double backward through a kernel. What cu_seqlens
+    and a tensor denominator hold is checked on a CPU and under STROP_KERNELS_DEBUG=1; elsewhere wrong boundaries give wrong
+    numbers, but nothing outside the tensors is read or written. Non-finite inputs inside the mask make the loss non-finite
+    and are counted in the metrics.
     """
     tokens, sequence_stats, denominator = check_arguments(
         logprob, old_logprob, advantages, mask, spec, ref_logprob, rollout_logprob, entropy, cu_seqlens, sequence_stats,
@@ -95,6 +101,7 @@ def sequence_stats(
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """[S, len(SEQUENCE_FIELDS)]: what `policy_loss` must know of whole sequences, summed over the tokens given, detached.
+    Always the first column, the tokens; the others hold 0 unless `spec.needs_sequence_sums`. Bit-equal from run to run.
 
     Under context parallelism each rank calls this with its tokens of the same S sequences (empty ones where it has none),
     the results are summed over the ranks and passed to `policy_loss`. Arguments and errors are those of `policy_loss`.
@@ -125,15 +132,46 @@ def check_arguments(
     if spec.entropy_coef and entropy is None:
         raise ValueError(f"entropy_coef {spec.entropy_coef} needs entropy: pass it, or set entropy_coef to 0")
     if sequence_stats is not None:
-        num_sequences = 0 if tokens.cu_seqlens is None else len(tokens.cu_seqlens) - 1
-        check_tensor("sequence_stats", sequence_stats, STATISTICS, (num_sequences, len(SEQUENCE_FIELDS)), logprob.device)
+        if tokens.cu_seqlens is None:
+            raise ValueError("sequence_stats is given without cu_seqlens: pass the boundaries that it was made with")
+        shape = (len(tokens.cu_seqlens) - 1, len(SEQUENCE_FIELDS))
+        instead = "pass what sequence_stats(...) of the same cu_seqlens gives, summed over the ranks"
+        check_tensor("sequence_stats", sequence_stats, STATISTICS, shape, logprob.device, instead)
         sequence_stats = sequence_stats.detach().to(logprob.dtype)
-    if isinstance(denominator, Tensor):
-        check_tensor("denominator", denominator, (*STATISTICS, torch.int32, torch.int64), ())
-        return tokens, sequence_stats, denominator.detach().to(logprob.device, logprob.dtype, non_blocking=True)
-    if not denominator > 0:
-        raise ValueError(f"denominator {denominator}: must be above 0, the step's count of {spec.aggregation!r}")
-    return tokens, sequence_stats, torch.full((), denominator, dtype=logprob.dtype, device=logprob.device)
+    return tokens, sequence_stats, check_denominator(denominator, tokens, spec)
+
+
+def check_denominator(denominator: float | Tensor, tokens: TokenTensors, spec: LossSpec) -> Tensor:
+    """0-dim, in the dtype and on the device of the tokens."""
+    logprob = tokens.logprob
+    instead = f"pass the step's count of {denominator_kind(spec)}, a number or a 0-dim tensor"
+    if not isinstance(denominator, Tensor):
+        check_positive("denominator", denominator, instead)
+        return filled((), denominator, logprob.dtype, logprob.device)
+    check_tensor("denominator", denominator, (*STATISTICS, torch.int32, torch.int64), (), instead=instead)
+    if values_may_be_read(logprob.device):
+        value, ends = denominator.item(), tokens.cu_seqlens
+        trained = tokens.mask if ends is None else tokens.mask[: int(ends[-1])]
+        if not 0 <= value < math.inf or (value == 0 and trained.any()):
+            raise ValueError(f"denominator holds {value}: must be above 0 and finite; {instead}")
+    return denominator.detach().to(logprob.device, logprob.dtype, non_blocking=True)
+
+
+def check_boundaries(cu_seqlens: Tensor, num_tokens: int) -> None:
+    """ValueError unless cu_seqlens ascends from 0 to num_tokens at most, on devices whose values may be read."""
+    if not values_may_be_read(cu_seqlens.device):
+        return
+    ends = cu_seqlens.tolist()
+    if ends[0] == 0 and ends == sorted(ends) and ends[-1] <= num_tokens:
+        return
+    wrong, why = 0, "the first sequence starts at token 0: begin with 0"
+    if ends[0] == 0:
+        falls = (s for s in range(1, len(ends)) if ends[s] < ends[s - 1])
+        wrong = next(falls, len(ends) - 1)
+        why = f"there are only {num_tokens} tokens: end with at most that"
+        if ends[wrong] < ends[wrong - 1]:
+            why = f"below cu_seqlens[{wrong - 1}] = {ends[wrong - 1]}: pass the running sums of the lengths"
+    raise ValueError(f"cu_seqlens[{wrong}] is {ends[wrong]}, but {why}")
 
 
 def check_tokens(
@@ -148,18 +186,22 @@ def check_tokens(
     entropy: Tensor | None = None,
 ) -> TokenTensors:
     """The arguments of `policy_loss`, checked, flattened and in logprob's dtype."""
+    check_instance("spec", spec, LossSpec)
     check_tensor("logprob", logprob, STATISTICS)
     if logprob.dim() not in (1, 2):
         raise ValueError(f"logprob has shape {tuple(logprob.shape)}: pass packed [T] or dense [B, L]")
     shape, device = tuple(logprob.shape), logprob.device
-    check_tensor("mask", mask, (torch.bool,), shape, device)
+    one_each = f"pass one number a token, as logprob {shape} has"
+    check_tensor("mask", mask, (torch.bool,), shape, device, one_each)
+    per_sequence = "repeat_interleave one number a sequence by the lengths" if logprob.dim() == 1 else "expand [B, 1]"
+    instead = f"{one_each} ({per_sequence})"
     named = {
         "old_logprob": old_logprob, "advantages": advantages, "rollout_logprob": rollout_logprob, "ref_logprob": ref_logprob,
         "entropy": entropy,
     }  # fmt: skip
     for name, tensor in named.items():
         if tensor is not None or name == "advantages":
-            check_tensor(name, tensor, (*STATISTICS, torch.bfloat16, torch.float16), shape, device)
+            check_tensor(name, tensor, (*STATISTICS, torch.bfloat16, torch.float16), shape, device, instead)
     if spec.needs_rollout_logprob and rollout_logprob is None:
         why = f"correction {spec.correction!r}" if spec.correction != "none" else f"opsm_delta {spec.opsm_delta}"
         raise ValueError(f"{why} needs rollout_logprob: pass the sampler's log-probs, or turn it off")
@@ -170,7 +212,9 @@ def check_tokens(
     elif cu_seqlens is not None:
         check_tensor("cu_seqlens", cu_seqlens, (torch.int32, torch.int64), device=device)
         if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
-            raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected [S + 1]")
+            raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected [S + 1]: pass 0 and the running sums "
+                             "of the lengths")  # fmt: skip
+        check_boundaries(cu_seqlens, shape[0])
     elif spec.needs_sequences:
         raise ValueError(
             f"policy {spec.policy!r}, aggregation {spec.aggregation!r}, correction {spec.correction!r} and opsm_delta "

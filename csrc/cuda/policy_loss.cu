@@ -34,9 +34,11 @@ struct Arguments {
 };
 
 // The tokens behind the last sequence count as sequence num_sequences: the padding, or all tokens where there are no sequences.
+// Always in 0..num_tokens: boundaries that nobody checked may give wrong numbers, but no access outside the arrays.
 __device__ int64_t first_token(const strop_loss_tokens &in, int64_t sequence) {
   if (sequence == 0) return 0;
-  return sequence > in.num_sequences ? in.num_tokens : min(in.cu_seqlens[sequence], in.num_tokens);
+  if (sequence > in.num_sequences) return in.num_tokens;
+  return max(static_cast<int64_t>(0), min(in.cu_seqlens[sequence], in.num_tokens));
 }
 
 // Stretch c of a sequence has the number first_stretch(sequence) + c. A sequence of L tokens has ceil(L / kStretch) stretches
@@ -52,7 +54,7 @@ __device__ int64_t sequence_owning(const strop_loss_tokens &in, int64_t stretch)
     const int64_t step = (high - low + kThreads - 1) / kThreads;
     const int64_t probe = low + threadIdx.x * step;
     const int below = __syncthreads_count(probe < high && first_stretch(in, probe) <= stretch);
-    low += (below - 1) * step;
+    low += max(below - 1, 0) * step;  // 0 are below only where boundaries don't ascend
     high = min(high, low + step);
   }
   return low;
@@ -95,7 +97,8 @@ __device__ void run_stretch(const Arguments &arguments, int64_t stretch, float *
   const strop_loss_code &code = arguments.code;
   const int64_t owner = sequence_owning(in, stretch);
   const int64_t sequence_first = first_token(in, owner), sequence_last = first_token(in, owner + 1);
-  const int64_t first = sequence_first + (stretch - first_stretch(in, owner)) * kStretch;
+  const int64_t before = stretch - first_stretch(in, owner);  // negative only where boundaries don't ascend
+  const int64_t first = before < 0 ? sequence_last : sequence_first + before * kStretch;
   const int64_t last = min(first + kStretch, sequence_last);
 
   Sequence sequence = neutral_sequence();

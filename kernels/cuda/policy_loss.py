@@ -6,12 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..launch_memory import zeroed_memory
 from ..loss_code import LossCode
 from ..metrics import METRIC_FIELDS
 from ..native_structs import FlatLossCode, address, loss_tokens
-
-_workspaces: dict[tuple[int, int], Tensor] = {}
-"""Of each device and stream. Calls on one stream run one after the other, so they can share it."""
 
 
 def policy_loss(
@@ -44,14 +42,7 @@ def policy_loss(
 
 
 def workspace(device: torch.device, num_tokens: int, num_sequences: int) -> Tensor:
-    """Bytes that were 0 at first and belong to these calls on the current stream, or to the graph that is being captured."""
+    """Bytes whose count of finished blocks is 0 whenever a launch on the current stream starts."""
     size_of = native.library("cuda").strop_cuda_policy_loss_workspace
     size_of.restype, size_of.argtypes = ctypes.c_int64, (ctypes.c_int64, ctypes.c_int64)
-    size = size_of(num_tokens, num_sequences)
-    with torch.cuda.device(device):
-        if torch.cuda.is_current_stream_capturing():
-            return torch.zeros(size, dtype=torch.uint8, device=device)  # zeroed by each replay, in the graph's own memory
-        stream = device.index, torch.cuda.current_stream().cuda_stream
-        if stream not in _workspaces or len(_workspaces[stream]) < size:
-            _workspaces[stream] = torch.zeros(size, dtype=torch.uint8, device=device)
-        return _workspaces[stream]
+    return zeroed_memory("policy_loss", size_of(num_tokens, num_sequences), device)

@@ -13,7 +13,9 @@ NUM_FIELDS = tl.constexpr(len(METRIC_FIELDS))
 MINIMA, MAXIMA = tl.constexpr(FIRST_MINIMUM), tl.constexpr(FIRST_MAXIMUM)
 """First field of each kind; sums come before."""
 NAMES = [name for name, _ in METRIC_FIELDS]
-SEQUENCES, LOSS, CLIP_LOW = (tl.constexpr(NAMES.index(name)) for name in ("sequences", "loss", "clip_low"))
+TOKENS, SEQUENCES, LOSS, CLIP_LOW = (
+    tl.constexpr(NAMES.index(name)) for name in ("tokens", "sequences", "loss", "clip_low")
+)
 """The loss and its three parts are the fields from LOSS to CLIP_LOW."""
 ROWS = tl.constexpr(128)
 """Rows of the workspace that the last program reads at once."""

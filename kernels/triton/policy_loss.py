@@ -22,6 +22,7 @@ from .loss_shares import (
     MINIMA,
     NUM_FIELDS,
     SEQUENCES,
+    TOKENS,
     add_shares,
     largest_key,
     stack_eight,
@@ -47,6 +48,12 @@ NUM_WARPS = 4
 LANES, BLOCK_TOKENS = 32 * NUM_WARPS, 32 * NUM_WARPS * WIDTH.value
 PROGRAMS = 264
 """Two for each of an H100's 132 multiprocessors share the blocks of few long sequences; all run at the same time."""
+
+
+@triton.jit
+def inside(boundary, num_tokens):
+    """The nearest boundary in 0..num_tokens."""
+    return tl.minimum(tl.maximum(boundary, 0), num_tokens)
 
 
 @triton.jit
@@ -76,8 +83,9 @@ def policy_loss_kernel(
     start = sequence.to(tl.int64) * 0
     stop = start + num_tokens
     if cu_seqlens_ptr is not None:  # the programs behind the last sequence have no tokens and clear the padding's slopes
-        start = tl.load(cu_seqlens_ptr + sequence, mask=sequence > 0, other=0)
-        stop = tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1, mask=exists, other=0), stop)
+        # Boundaries that nobody checked may give wrong numbers, but no access outside the tensors.
+        start = inside(tl.load(cu_seqlens_ptr + sequence, mask=sequence > 0, other=0), num_tokens)
+        stop = inside(tl.load(cu_seqlens_ptr + sequence + 1, mask=exists, other=0), num_tokens)
         padding = tl.where(exists, num_tokens, start + offset)
         clear(d_logprob_ptr, padding, num_tokens, step, local)
         if d_entropy_ptr is not None:
@@ -200,6 +208,7 @@ def policy_loss_kernel(
 
     two, four, eight = tl.arange(0, 2), tl.arange(0, 4), tl.arange(0, 8)
     sums_a = tl.sum(sums_a, 0)
+    share = tl.where(tl.sum(tl.where(eight == TOKENS, sums_a, 0.0), 0) > 0, share, 0.0)  # not 0 / 0 where nothing is trainable
     has_tokens = tl.where(exists & (chunk == 0) & (num_live > 0), 1.0, 0.0)
     sums_a = tl.where((eight >= LOSS) & (eight < CLIP_LOW), share * sums_a, sums_a)
     row = shares_ptr + (sequence.to(tl.int64) * tl.num_programs(1) + chunk) * NUM_FIELDS

@@ -24,9 +24,9 @@ def test_a_launch_without_a_gpu_is_an_error(tmp_path, monkeypatch):
     command = ["nvcc", *flags.split(), *map(str, SOURCES), "-o", str(tmp_path / "strop_cuda.so")]
     subprocess.run(command, check=True)
     monkeypatch.setattr(native, "FOLDER", tmp_path)
-    native.library.cache_clear()
+    native._open.cache_clear()
     library = native.library("cuda")
-    native.library.cache_clear()
+    native._open.cache_clear()
 
     logits, targets = torch.randn(4, 100), torch.zeros(4, dtype=torch.int64)
     rows = native_structs.logit_rows(

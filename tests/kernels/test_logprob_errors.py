@@ -13,7 +13,7 @@ GROUP = object()
 OF_BOTH = [
     (TypeError, "targets has dtype torch.int32", {"targets": TARGETS.int()}),
     (TypeError, "targets is a list", {"targets": [0, 1, 2]}),
-    (ValueError, r"targets has shape \(2,\), expected \(3,\)", {"targets": TARGETS[:2]}),
+    (ValueError, r"targets has shape \(2,\), expected \(3,\): pass one id for each row", {"targets": TARGETS[:2]}),
     (ValueError, r"targets holds 5, not in 0..4: give rows without a target -100", {"targets": torch.tensor([0, 5, -100])}),
     (ValueError, r"targets holds -100, not in 0..4: give rows without a target 7",
      {"targets": torch.tensor([0, 7, -100]), "ignore_index": 7}),
@@ -22,7 +22,16 @@ OF_BOTH = [
     (ValueError, "temperature 0: must be above 0", {"temperature": 0}),
     (ValueError, "temperature nan", {"temperature": float("nan")}),
     (ValueError, "temperature holds 0.0", {"temperature": torch.tensor([1.0, 0.0, 1.0])}),
+    (ValueError, "temperature inf: must be above 0 and finite", {"temperature": float("inf")}),
+    (TypeError, "temperature is a NoneType: pass a number", {"temperature": None}),
+    (ValueError, "temperature holds nan", {"temperature": torch.tensor([1.0, float("nan"), 1.0])}),
     (ValueError, r"temperature has shape \(2,\)", {"temperature": torch.ones(2)}),
+    (ValueError, r"temperature has shape \(\), expected \(3,\): pass a number, or one for each row: temperature.expand",
+     {"temperature": torch.tensor(1.0)}),
+    (TypeError, "softcap is a Tensor: pass a number; None", {"softcap": torch.tensor(30.0)}),
+    (TypeError, "ignore_index is a NoneType: pass an int", {"ignore_index": None}),
+    (TypeError, r"vocab_range \(0, 5.0\): pass two ints", {"tp_group": GROUP, "vocab_range": (0, 5.0)}),
+    (TypeError, r"vocab_range \(0, 2, 5\): pass two ints", {"tp_group": GROUP, "vocab_range": (0, 2, 5)}),
     (TypeError, "temperature has dtype torch.float16", {"temperature": torch.ones(3).half()}),
     (ValueError, "softcap 0", {"softcap": 0}),
     (ValueError, "softcap inf: .* None leaves the logits alone", {"softcap": float("inf")}),
@@ -44,8 +53,11 @@ OF_THE_HEAD = [
     (ValueError, r"bias has shape \(4,\)", {"bias": torch.ones(4)}),
     (TypeError, "main_grad has dtype torch.bfloat16", {"main_grad": torch.zeros(5, 4, dtype=torch.bfloat16)}),
     (ValueError, r"main_grad has shape \(4, 5\)", {"main_grad": torch.zeros(4, 5)}),
+    (ValueError, "main_grad.requires_grad is True, .*pass main_grad.detach",
+     {"main_grad": torch.zeros(5, 4, requires_grad=True)}),
+    (ValueError, r"main_grad has strides \(0, 1\), several entries", {"main_grad": torch.zeros(4).expand(5, 4)}),
     (ValueError, "weight.requires_grad is False", {"main_grad": torch.zeros(5, 4)}),
-]
+]  # fmt: skip
 OF_LOGITS = [
     (ValueError, "inplace_backward needs contiguous logits: pass logits.contiguous()",
      {"logits": torch.randn(5, 3).t(), "inplace_backward": True}),

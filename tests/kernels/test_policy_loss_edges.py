@@ -1,4 +1,4 @@
-"""Overflow, empty input, metrics, host synchronisation and every error that `policy_loss` and its spec promise."""
+"""Overflow, empty input, metrics, host synchronisation and the contradictions that a `LossSpec` refuses."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from strop.kernels import METRIC_FIELDS, LossSpec, combine_metrics, policy_loss, sequence_stats, summarize_metrics
+from strop.kernels import METRIC_FIELDS, LossSpec, combine_metrics, policy_loss, summarize_metrics
 
 ENDS = torch.tensor([0, 2, 4])
 ONES = torch.ones(4, dtype=torch.bool)
@@ -94,6 +94,23 @@ def test_nothing_trainable_gives_zero(policy):
         assert (summary["tokens"], summary["sequences"], summary["loss"]) == (0, 0, 0) and "ratio_mean" not in summary
 
 
+@pytest.mark.parametrize("spec", [LossSpec(), LossSpec(aggregation="token-mean", kl_coef=0.1, entropy_coef=0.1),
+                                  LossSpec(policy="gspo", correction="tis", entropy_coef=0.1)], ids=lambda spec: spec.policy)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nothing_trainable_may_be_counted_by_the_denominator(spec, dtype):
+    """mask.sum() of a micro-batch that was filtered out: 0 / 0 must not reach loss, gradients or metrics."""
+    given = [torch.full((4,), math.nan, dtype=dtype, requires_grad=True) for _ in range(6)]
+    mask, ends = torch.tensor([False, False, False, True]), torch.tensor([0, 1, 3])  # the last is padding
+    loss, metrics = policy_loss(
+        *given[:3], mask, spec, ref_logprob=given[3], rollout_logprob=given[4], entropy=given[5], cu_seqlens=ends,
+        denominator=mask[:3].sum(),
+    )  # fmt: skip
+    gradients = torch.autograd.grad(loss, (given[0], given[5]), allow_unused=True, materialize_grads=True)
+    assert loss == 0 and not any(gradient.any() for gradient in gradients)
+    summary = summarize_metrics(metrics)
+    assert summary["loss"] == summary["policy_loss"] == summary["kl_loss"] == summary["entropy_loss"] == 0
+
+
 def test_on_policy_first_minibatch_needs_no_old_logprob():
     loss, slopes, metrics = run([-0.5, -1, -2, -3], None, [1.0, 1, -2, -2])
     assert loss == pytest.approx(0.5)  # -(1 - 2) / 2: every ratio is 1
@@ -134,10 +151,6 @@ def test_combining_metrics_uses_each_slots_reduction():
     expected = {"sum": slots, "min": -slots, "max": slots}
     for slot, (name, reduction) in enumerate(METRIC_FIELDS):
         assert combined[slot] == expected[reduction][slot], name
-    with pytest.raises(ValueError, match="no tensor"):
-        combine_metrics([])
-    with pytest.raises(ValueError, match=r"metrics\[1\] has shape \(3,\)"):
-        combine_metrics([slots, torch.zeros(3)])
 
 
 class NoHostSync(TorchDispatchMode):
@@ -153,7 +166,8 @@ class NoHostSync(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("policy", ["clip", "gspo", "gmpo", "vespo"])
-def test_no_host_sync(policy):
+def test_no_host_sync(policy, monkeypatch):
+    monkeypatch.setattr("strop.kernels.policy.values_may_be_read", lambda device: False)  # as on a GPU
     spec = LossSpec(policy=policy, correction="tis", opsm_delta=0.1, kl_coef=0.1, entropy_coef=0.1)
     tensors = [torch.randn(6, requires_grad=True) for _ in range(6)]
     mask, ends, count = torch.rand(6) > 0.5, torch.tensor([0, 2, 5]), torch.tensor(3)
@@ -197,48 +211,3 @@ def test_no_host_sync(policy):
 def test_contradictory_specs_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         LossSpec(**settings)
-
-
-def test_bad_arguments_are_named():
-    lp, mask = torch.zeros(4), torch.ones(4, dtype=torch.bool)
-
-    def call(spec=None, **changes):
-        arguments = {
-            "logprob": lp, "old_logprob": lp, "advantages": lp, "mask": mask, "cu_seqlens": ENDS, "denominator": 2
-        } | changes  # fmt: skip
-        return policy_loss(**arguments, spec=spec or LossSpec())
-
-    call()
-    with pytest.raises(TypeError, match=r"mask has dtype torch.int64, expected torch.bool"):
-        call(mask=torch.ones(4, dtype=torch.int64))
-    with pytest.raises(TypeError, match=r"logprob has dtype torch.bfloat16, expected torch.float32 or torch.float64"):
-        call(logprob=lp.bfloat16())
-    with pytest.raises(TypeError, match="advantages is a NoneType"):
-        call(advantages=None)
-    with pytest.raises(ValueError, match=r"advantages has shape \(2,\), expected \(4,\)"):
-        call(advantages=torch.zeros(2))
-    with pytest.raises(ValueError, match="old_logprob is on meta"):
-        call(old_logprob=torch.zeros(4, device="meta"))
-    with pytest.raises(ValueError, match="denominator 0: must be above 0"):
-        call(denominator=0)
-    with pytest.raises(ValueError, match="pass cu_seqlens, or dense"):
-        call(cu_seqlens=None)
-    with pytest.raises(TypeError, match=r"cu_seqlens has dtype torch.float32"):
-        call(cu_seqlens=ENDS.float())
-    with pytest.raises(ValueError, match=r"kl_coef 0.1 needs ref_logprob"):
-        call(LossSpec(kl_coef=0.1))
-    with pytest.raises(ValueError, match=r"entropy_coef 0.1 needs entropy"):
-        call(LossSpec(entropy_coef=0.1))
-    with pytest.raises(ValueError, match="correction 'tis' needs rollout_logprob"):
-        call(LossSpec(correction="tis"))
-    with pytest.raises(ValueError, match=r"opsm_delta 0.1 needs rollout_logprob"):
-        call(LossSpec(opsm_delta=0.1))
-    with pytest.raises(ValueError, match=r"sequence_stats has shape \(1, 6\), expected \(2, 6\)"):
-        call(sequence_stats=torch.zeros(1, 6))
-    dense = {name: torch.zeros(2, 2) for name in ("logprob", "old_logprob", "advantages")}
-    with pytest.raises(ValueError, match="cu_seqlens goes with packed"):
-        call(**dense, mask=mask.view(2, 2))
-    with pytest.raises(ValueError, match="sequence_stats needs cu_seqlens"):
-        sequence_stats(lp, lp, lp, mask, LossSpec(aggregation="token-mean"))
-    token_wise = LossSpec(aggregation="token-mean")
-    assert call(token_wise, cu_seqlens=None).loss == 0
