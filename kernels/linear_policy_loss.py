@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .checks import FLOATING, INDEX, STATISTICS, check_tensor
+from .checks import FLOATING, INDEX, STATISTICS, check_positive, check_positive_values, check_tensor
 from .dispatch import choose, define_op, load
 from .head_gradient import HeadGradient
 from .lm_head import LmHead
@@ -63,6 +63,7 @@ def linear_policy_loss(
 ) -> LinearPolicyLoss:
     """policy_loss(linear_logprob(hidden, weight, targets)), tokens outside the mask left out of the products.
 
+    mask: a target that is ignore_index counts as outside it, in every sum and count: it has no log-prob to score.
     hidden: [T, H] or [B, L, H]. Except for loss_scale and main_grad the arguments and the errors are those of the two ops.
 
     Fused, it is 6 N H V floating-point operations: chunk by chunk of tokens the logits are made, scored, turned into their
@@ -84,10 +85,12 @@ def linear_policy_loss(
         runs a forward twice, and a second backward of a retained graph away from it.
     split_backward: that of `linear_logprob`, for where the two ops run.
 
-    Raises also ValueError for a loss_scale that isn't above 0 and RuntimeError for a double backward.
+    Raises also ValueError for a loss_scale that isn't above 0 and finite, and RuntimeError for a double backward.
     """
     check_tensor("hidden", hidden, FLOATING)
     check_tensor("targets", targets, INDEX, device=hidden.device)
+    check_tensor("mask", mask, (torch.bool,), tuple(targets.shape), hidden.device, "pass one bool a target")
+    mask = mask & (targets != ignore_index)
     scores = torch.empty(targets.shape, dtype=statistics_dtype(hidden), device=hidden.device)  # a shape for the checks
     tokens, statistics, count = check_arguments(
         scores, old_logprob, advantages, mask, spec, ref_logprob, rollout_logprob, scores, cu_seqlens, sequence_stats,
@@ -95,6 +98,7 @@ def linear_policy_loss(
     )  # fmt: skip
     ends, mask_T = tokens.cu_seqlens, tokens.mask
     if ends is not None:  # the padding behind the last sequence isn't trained on
+        ends = ends.clamp(0, len(mask_T))  # where nobody reads their values
         mask_T = mask_T & (torch.arange(len(mask_T), device=mask_T.device) < ends[-1])
     wanted = targets.masked_fill(~mask_T.view(targets.shape), ignore_index)
     head = {
@@ -142,11 +146,12 @@ def slopes_need_all_logprobs(spec: LossSpec, old_logprob: Tensor | None) -> bool
 
 def check_loss_scale(loss_scale: float | Tensor, device: torch.device) -> Tensor:
     """fp32, 0-dim, on the device."""
+    instead = "pass what the loss is multiplied with before backward, a number or a 0-dim tensor; 1 where it isn't"
     if isinstance(loss_scale, Tensor):
-        check_tensor("loss_scale", loss_scale, STATISTICS, ())
+        check_tensor("loss_scale", loss_scale, STATISTICS, (), instead=instead)
+        check_positive_values("loss_scale", loss_scale, instead)
         return loss_scale.detach().to(device, torch.float32, non_blocking=True)
-    if not loss_scale > 0:
-        raise ValueError(f"loss_scale {loss_scale}: must be above 0; 1 where the loss isn't multiplied before backward")
+    check_positive("loss_scale", loss_scale, instead)
     return torch.full((), loss_scale, dtype=torch.float32, device=device)
 
 

@@ -114,6 +114,7 @@ def policy_loss(
     if spec.entropy_coef:
         entropy_term = -spec.entropy_coef * tokens.entropy
     share = tokens.mask.to(tokens.log_ratio.dtype) / denominator
+    share = share.masked_fill(~tokens.mask, 0)  # not 0 / 0 where nothing is trainable and the denominator counts that
     if spec.aggregation == "sequence-mean":
         share = share / sequence.length
     parts = [(share * torch.where(tokens.mask, part, 0)).sum() for part in (term.loss, kl_term, entropy_term)]
