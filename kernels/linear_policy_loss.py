@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .checks import FLOATING, INDEX, STATISTICS, check_positive, check_positive_values, check_tensor
 from .dispatch import choose, define_op, load
@@ -21,6 +20,7 @@ from .loss_code import LossCode, encode
 from .metrics import METRIC_FIELDS, SUMS, combine_metrics
 from .policy import AVAILABLE, check_arguments, contiguous, policy_loss
 from .reference.policy_loss import sequence_stats as reference_stats
+from .reference.sequences import tokens_before
 from .reference.softmax import statistics_dtype
 from .specs import SEQUENCE_CORRECTION, SEQUENCE_RATIO, LossSpec
 from .stored_gradient import stored_gradient
@@ -176,7 +176,7 @@ def _run(
     losses, metrics, num_done = [], [], 0
     chunks = list(head.chunks(mask_N)) or [slice(0, 0)]
     if ends is not None and isinstance(chunks[0], Tensor):  # the chunks hold the tokens inside the mask, end to end
-        ends = pad(mask_N.cumsum(0), (1, 0))[ends]
+        ends = tokens_before(mask_N, ends)
     for rows in chunks:
         logits_nV = head.logits(rows)
         statistics_3n = head.statistics(logits_nV, rows)

@@ -209,10 +209,13 @@ class LossSpec:
     @property
     def needs_sequences(self) -> bool:
         """Whether the loss of a token depends on the rest of its sequence."""
-        return (
-            self.aggregation == "sequence-mean" or self.policy in SEQUENCE_RATIO
-            or self.correction in SEQUENCE_CORRECTION or self.opsm_delta is not None
-        )  # fmt: skip
+        return self.aggregation == "sequence-mean" or self.needs_sequence_sums
+
+    @property
+    def needs_sequence_sums(self) -> bool:
+        """Whether it depends on more of the rest than how many trainable tokens there are."""
+        whole = self.policy in SEQUENCE_RATIO or self.correction in SEQUENCE_CORRECTION
+        return whole or self.opsm_delta is not None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..specs import LossSpec
 from . import policy_terms
@@ -9,7 +10,7 @@ from .correction import TokenInputs, mask_inputs, sequence_weight, token_weight,
 from .kl import kl
 from .metrics import loss_metrics
 from .policy_terms import PolicyTerm, Sequence
-from .sequences import per_token, sequence_index, sequence_sums
+from .sequences import per_token, sequence_index, sequence_sums, tokens_before
 
 SEQUENCE_FIELDS = ("tokens", "log_ratio", "rollout_gap", "rollout_drift", "advantage_up", "advantage_down")
 """Columns of the sequence statistics. Each is a sum over trainable tokens, so context-parallel ranks add theirs: 1; D (gmpo:
@@ -44,13 +45,16 @@ def sequence_stats(
     rollout_T: Tensor | None,
     cu_seqlens: Tensor,
 ) -> Tensor:
-    """[S, len(SEQUENCE_FIELDS)] of the tokens given, in the dtype of logprob."""
-    tokens, index = read_tokens(spec, logprob_T, old_T, advantages_T, mask_T, None, rollout_T, None, cu_seqlens)
-    return sequence_statistics(tokens, spec, index, len(cu_seqlens) - 1)
+    """[S, len(SEQUENCE_FIELDS)] of the tokens given, in the dtype of logprob; only their count unless spec needs more."""
+    if not spec.needs_sequence_sums:
+        counts = tokens_before(mask_T, cu_seqlens).diff().to(logprob_T.dtype)
+        return pad(counts[:, None], (0, len(SEQUENCE_FIELDS) - 1))
+    tokens, _ = read_tokens(spec, logprob_T, old_T, advantages_T, mask_T, None, rollout_T, None, cu_seqlens)
+    return sequence_statistics(tokens, spec, cu_seqlens)
 
 
 @torch.no_grad()
-def sequence_statistics(tokens: TokenInputs, spec: LossSpec, index: Tensor, num_sequences: int) -> Tensor:
+def sequence_statistics(tokens: TokenInputs, spec: LossSpec, cu_seqlens: Tensor) -> Tensor:
     weight = token_weight(tokens, spec).weight
     log_ratio = tokens.log_ratio
     if spec.policy == "gmpo":
@@ -68,7 +72,7 @@ def sequence_statistics(tokens: TokenInputs, spec: LossSpec, index: Tensor, num_
         a.clamp(min=0),
         a.clamp(max=0),
     )
-    return sequence_sums(torch.stack(columns, 1), index, num_sequences)
+    return sequence_sums(columns, cu_seqlens)
 
 
 def policy_loss(
@@ -90,8 +94,8 @@ def policy_loss(
     statistics: of whole sequences of which other ranks hold parts; None computes them from the tokens.
     """
     tokens, index = read_tokens(spec, logprob_T, old_T, advantages_T, mask_T, ref_T, rollout_T, entropy_T, cu_seqlens)
-    if statistics is None and index is not None:
-        statistics = sequence_statistics(tokens, spec, index, len(cu_seqlens) - 1)
+    if statistics is None and cu_seqlens is not None:
+        statistics = sequence_statistics(tokens, spec, cu_seqlens)
     weight = token_weight(tokens, spec)
     dropped = torch.zeros_like(tokens.mask)
     sequence = None
