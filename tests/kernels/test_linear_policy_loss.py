@@ -460,27 +460,23 @@ def test_double_backward_is_refused():
         torch.autograd.grad(case.run(LossSpec()).loss, case.hidden, create_graph=True)
 
 
-def test_bad_arguments_are_named():
+@pytest.mark.parametrize("spec", [SPECS[1], SPECS[8], WHOLE_SEQUENCES[0]], **NAMES)
+def test_a_target_to_ignore_is_outside_the_mask(spec):
+    """In the fused form and in the two ops: neither its loss nor its count."""
     case = Case()
-    cases = [
-        (ValueError, r"loss_scale 0: must be above 0", {"loss_scale": 0}),
-        (ValueError, r"loss_scale has shape \(1,\), expected \(\)", {"loss_scale": torch.ones(1)}),
-        (TypeError, "main_grad has dtype torch.bfloat16", {"main_grad": torch.zeros(40, 6, dtype=torch.bfloat16)}),
-        (ValueError, "kl_coef 0.1 needs ref_logprob", {"spec": LossSpec(kl_coef=0.1), "ref_logprob": None}),
-        (ValueError, "correction 'tis' needs rollout_logprob", {"spec": SPECS[8], "rollout_logprob": None}),
-        (ValueError, "denominator -1: must be above 0", {"denominator": -1}),
-        (ValueError, r"mask has shape \(3,\)", {"mask": case.mask[:3]}),
-        (TypeError, "targets has dtype torch.int32", {"targets": case.targets.int()}),
-        (TypeError, "hidden has dtype torch.int64", {"hidden": torch.zeros(20, 6, dtype=torch.int64)}),
-        (ValueError, "targets holds 40, not in 0..39", {"targets": torch.full_like(case.targets, 40)}),
-        (ValueError, r"hidden \(20, 6\) and weight \(6, 40\) don't fit", {"weight": case.weight.t()}),
-        (ValueError, "pass cu_seqlens, or dense", {"cu_seqlens": None}),
-        (ValueError, r"sequence_stats has shape \(1, 6\), expected \(5, 6\)", {"sequence_stats": torch.zeros(1, 6)}),
-    ]
-    for error, message, change in cases:
-        spec = change.pop("spec", LossSpec())
-        with pytest.raises(error, match=message):
-            case.run(spec, **change)
+    chosen = case.mask.nonzero()[:2, 0]
+    targets, mask = case.targets.index_fill(0, chosen, -7), case.mask.index_fill(0, chosen, False)
+    got, want = case.run(spec, targets=targets, ignore_index=-7), case.run(spec, mask=mask)
+    torch.testing.assert_close(tuple(got), tuple(want), rtol=0, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(r.loss, case.leaves) for r in (got, want)), rtol=0, atol=0)
+    assert not got.logprob[chosen].any()
+
+
+def test_nothing_trainable_may_be_counted_by_the_denominator():
+    case = Case(mask_share=0)
+    for spec in (SPECS[1], WHOLE_SEQUENCES[0]):
+        outputs = case.run(spec, denominator=torch.tensor(0))
+        assert outputs.loss == 0 and not any(g.any() for g in torch.autograd.grad(outputs.loss, case.leaves))
 
 
 def test_metrics_are_those_of_one_call():
