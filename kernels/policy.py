@@ -102,7 +102,6 @@ def sequence_stats(
 ) -> Tensor:
     """[S, len(SEQUENCE_FIELDS)]: what `policy_loss` must know of whole sequences, summed over the tokens given, detached.
     Always the first column, the tokens; the others hold 0 unless `spec.needs_sequence_sums`. Bit-equal from run to run.
-    Always the first column, the tokens; the others hold 0 unless `spec.needs_sequence_sums`. Bit-equal from run to run.
 
     Under context parallelism each rank calls this with its tokens of the same S sequences (empty ones where it has none),
     the results are summed over the ranks and passed to `policy_loss`. Arguments and errors are those of `policy_loss`.
