@@ -195,6 +195,39 @@ def test_nonfinite_inputs_are_counted_and_not_hidden(emulated_cuda):
             assert math.isfinite(loss) and metrics[nonfinite] == 0
 
 
+@pytest.mark.parametrize(
+    "boundaries", [[0, 700], [-900, 3, 610], [0, 610, 2, 5, 600], [9, 2, 5], [600, 0, -700, 1200], [0, 2**40]], ids=str
+)
+def test_broken_boundaries_touch_nothing_outside(emulated_cuda, boundaries, monkeypatch):
+    """What nobody checks on a GPU: inputs lie between NaN inside the mask, outputs between sevens."""
+    guard, made = 2000, []
+
+    def between(values: torch.Tensor, around: float) -> torch.Tensor:
+        whole = torch.full((len(values) + 2 * guard,), around, dtype=values.dtype)
+        whole[guard:-guard] = values
+        made.append(whole)
+        return whole[guard:-guard]
+
+    batch = Batch([610], padding=0, trainable=1.0)
+    batch.cu_seqlens = torch.tensor(boundaries)
+    for name in ("logprob", "old", "advantages", "ref", "rollout", "entropy", "mask"):
+        setattr(batch, name, between(getattr(batch, name), True if name == "mask" else math.nan))
+    made.clear()
+    monkeypatch.setattr(torch, "empty_like", lambda tensor: between(torch.zeros(len(tensor)), 7.0))
+    for spec in (LossSpec(policy="gspo", entropy_coef=0.1), LossSpec(aggregation="token-mean", entropy_coef=0.1)):
+        loss, metrics, *_ = batch.by_kernel(spec)
+        assert loss.isfinite() and metrics[[name for name, _ in METRIC_FIELDS].index("nonfinite")] == 0
+    assert len(made) == 4 and all((whole[:guard] == 7).all() and (whole[-guard:] == 7).all() for whole in made)
+
+
+def test_a_denominator_may_count_nothing(emulated_cuda):
+    batch = Batch([4, 9], padding=5, trainable=0.0)
+    batch.denominator = torch.tensor(0.0)
+    for spec in (LossSpec(entropy_coef=0.1), LossSpec(policy="gspo", aggregation="token-mean", kl_coef=0.1)):
+        assert_equal(batch.by_kernel(spec), batch.by_reference(spec))
+        assert batch.by_kernel(spec)[0] == 0
+
+
 def test_bad_arguments_are_refused(emulated_cuda):
     batch = Batch([3, 2], padding=0)
     refused = "strop_cuda_policy_loss failed with status 1"

@@ -5,6 +5,7 @@ from torch.autograd import forward_ad
 from strop.kernels import (
     LossSpec,
     dispatch,
+    kl,
     linear_logprob,
     linear_policy_loss,
     logprob,
@@ -85,6 +86,10 @@ def test_override_reaches_the_ops(monkeypatch):
     monkeypatch.setenv("STROP_KERNELS", "triton")
     with pytest.raises(ValueError, match="rms_norm: STROP_KERNELS=triton, but the tensor is on the CPU"):
         rms_norm(torch.ones(2, 4), torch.ones(4), 1e-6)
+    monkeypatch.setenv("STROP_KERNELS", "native")
+    with pytest.raises(ValueError, match="kl: STROP_KERNELS=native, but it has only reference, triton; .*unset it lets"):
+        kl(torch.ones(2), torch.ones(2))
+    monkeypatch.setenv("STROP_KERNELS", "triton")
     with pytest.raises(ValueError, match="float64"):
         rms_norm(torch.ones(2, 4).double(), torch.ones(4), 1e-6)
 

@@ -279,8 +279,10 @@ def test_split_into_microbatches_or_context_ranks_changes_nothing(policy, correc
         loss = sum(part.loss for part in parts)
         torch.testing.assert_close(loss, whole, rtol=1e-12, atol=1e-13)
         torch.testing.assert_close(batch.gradients(loss), wanted, rtol=1e-12, atol=1e-13)
-    joined = summarize_metrics(combine_metrics([part.metrics for part in pieces]))
-    assert joined == pytest.approx(summarize_metrics(metrics), rel=1e-5, abs=1e-6)
+    expected = summarize_metrics(metrics)
+    for parts, times in ((pieces, 1), (ranks, 2)):  # each context rank counts the whole sequences
+        joined = summarize_metrics(combine_metrics([part.metrics for part in parts]))
+        assert joined == pytest.approx(expected | {"sequences": times * expected["sequences"]}, rel=1e-5, abs=1e-6)
 
 
 def test_denominator_kinds():

@@ -146,6 +146,33 @@ def test_nothing_trainable(run):
     check(run, LossSpec(policy="vespo", correction="tis", kl_coef=0.1, entropy_coef=0.1), batch)
 
 
+def test_a_denominator_may_count_nothing(run):
+    """mask.sum() of a batch that was filtered out; tokens of another sequence must not feel it either."""
+    batch = Batch(LENGTHS)
+    batch.tokens["mask"][:] = False
+    for spec in (SPECS[1], SPECS[6]):
+        loss, metrics, *gradients = run(form.policy_loss, encode(spec), *batch.arguments(), torch.tensor(0.0))
+        assert loss == 0 and not metrics.isnan().any()
+        assert not any(gradient.any() for gradient in gradients if gradient is not None)
+
+
+@pytest.mark.parametrize(
+    "boundaries", [[0, 700], [-900, 3, 610], [0, 610, 2, 5, 600], [9, 2, 5], [600, 0, -700, 1200]], ids=str
+)
+def test_broken_boundaries_touch_nothing_outside(run, boundaries):
+    """What nobody checks on a GPU: inputs lie between NaN inside the mask."""
+    guard, batch = 2000, Batch([610], padding=0)
+    batch.tokens["mask"][:] = True
+    for name, values in batch.tokens.items():
+        whole = torch.full((len(values) + 2 * guard,), True if name == "mask" else math.nan, dtype=values.dtype)
+        whole[guard:-guard] = values.nan_to_num(-1.0) if values.is_floating_point() else values
+        batch.tokens[name] = whole[guard:-guard]
+    batch.cu_seqlens = torch.tensor(boundaries)
+    for spec in (LossSpec(policy="gspo", entropy_coef=0.1), LossSpec(aggregation="token-mean", entropy_coef=0.1)):
+        loss, metrics, *_ = run(form.policy_loss, encode(spec), *batch.arguments(), torch.tensor(2.0))
+        assert loss.isfinite() and metrics[[name for name, _ in METRIC_FIELDS].index("nonfinite")] == 0
+
+
 @pytest.mark.parametrize("spec", [SPECS[1], SPECS[6], SPECS[9]], ids=lambda spec: spec.policy)
 def test_given_statistics(run, spec):
     """Of sequences of which this call holds parts."""
