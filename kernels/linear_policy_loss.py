@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .checks import FLOATING, INDEX, STATISTICS, check_positive, check_positive_values, check_tensor
 from .dispatch import choose, define_op, load
+from .filled import number_on
 from .head_gradient import HeadGradient
 from .lm_head import LmHead
 from .logprob_ops import SHAPE, FlatShape
@@ -150,7 +151,7 @@ def check_loss_scale(loss_scale: float | Tensor, device: torch.device) -> Tensor
     if isinstance(loss_scale, Tensor):
         check_tensor("loss_scale", loss_scale, STATISTICS, (), instead=instead)
         check_positive_values("loss_scale", loss_scale, instead)
-        return loss_scale.detach().to(device, torch.float32, non_blocking=True)
+        return number_on(device, loss_scale, torch.float32)
     check_positive("loss_scale", loss_scale, instead)
     return torch.full((), loss_scale, dtype=torch.float32, device=device)
 

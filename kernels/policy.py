@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .checks import STATISTICS, check_instance, check_positive, check_tensor, values_may_be_read
 from .dispatch import choose, define_op, load, refuse_double_backward
-from .filled import filled
+from .filled import filled, number_on
 from .loss_code import NUM_CHOICES, LossCode, encode
 from .metrics import METRIC_FIELDS
 from .reference import policy_loss as reference
@@ -154,7 +154,7 @@ def check_denominator(denominator: float | Tensor, tokens: TokenTensors, spec: L
         trained = tokens.mask if ends is None else tokens.mask[: int(ends[-1])]
         if not 0 <= value < math.inf or (value == 0 and trained.any()):
             raise ValueError(f"denominator holds {value}: must be above 0 and finite; {instead}")
-    return denominator.detach().to(logprob.device, logprob.dtype, non_blocking=True)
+    return number_on(logprob.device, denominator, logprob.dtype)
 
 
 def check_boundaries(cu_seqlens: Tensor, num_tokens: int) -> None:
