@@ -17,7 +17,7 @@ CHUNK = 32
 INT32 = "*i32:16"
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_assignments"])
 def count_kernel(ids_ptr, prefix_ptr, num_assignments, num_experts, ASSIGNMENTS: tl.constexpr, EXPERTS: tl.constexpr):
     """Row b of prefix gets the number of assignments to each expert in block b. EXPERTS > num_experts: the last is nobody."""
     block = tl.program_id(0)
@@ -28,7 +28,7 @@ def count_kernel(ids_ptr, prefix_ptr, num_assignments, num_experts, ASSIGNMENTS:
     tl.store(prefix_ptr + block.to(tl.int64) * num_experts + experts, tl.histogram(ids, EXPERTS), mask=experts < num_experts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def offset_kernel(
     prefix_ptr, counts_ptr, offsets_ptr, num_blocks, num_experts,
     MULTIPLE: tl.constexpr, BLOCKS: tl.constexpr, EXPERTS: tl.constexpr,
@@ -50,7 +50,7 @@ def offset_kernel(
     tl.store(offsets_ptr, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_assignments"])
 def place_kernel(
     ids_ptr, prefix_ptr, offsets_ptr, rows_ptr, sources_ptr, num_assignments, num_experts,
     ASSIGNMENTS: tl.constexpr, CHUNK: tl.constexpr,
@@ -73,7 +73,7 @@ def place_kernel(
     tl.store(sources_ptr + row, first + own, mask=takes_part)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def permute_kernel(
     hidden_ptr, sources_ptr, out_ptr, num_rows, size, token_stride, column_stride,
     CHOICES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -88,7 +88,7 @@ def permute_kernel(
     tl.store(out_ptr + rows[:, None] * size + columns, values, mask=inside & (rows < num_rows)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def unpermute_kernel(
     expert_out_ptr, weights_ptr, rows_ptr, out_ptr, num_tokens, size, row_stride, column_stride,
     CHOICES: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
@@ -108,7 +108,7 @@ def unpermute_kernel(
     tl.store(out_ptr + tokens[:, None] * size + columns, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def unpermute_backward_kernel(
     dout_ptr, expert_out_ptr, weights_ptr, sources_ptr, dexpert_out_ptr, dweights_ptr, num_rows, size,
     dout_token_stride, dout_column_stride, row_stride, column_stride, CHOICES: tl.constexpr, BLOCK: tl.constexpr,
@@ -204,7 +204,7 @@ def moe_unpermute_backward(
 
 
 def aot_cases() -> list[AotCase]:
-    integers = {"num_assignments": "i32:16", "num_experts": "i32:16"}
+    integers = {"num_assignments": "i32", "num_experts": "i32:16"}
     cases = [
         AotCase(place_kernel, {"ids_ptr": "*i64:16", "prefix_ptr": INT32, "offsets_ptr": INT32, "rows_ptr": INT32,
                                "sources_ptr": INT32, **integers, "ASSIGNMENTS": ASSIGNMENTS, "CHUNK": CHUNK}, 8),

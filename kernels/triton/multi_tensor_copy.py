@@ -1,4 +1,8 @@
-"""Many copies with conversion: one launch for each kind of rectangle, which one table in device memory describes."""
+"""Many copies with conversion: one launch for each kind of rectangle, which one table in device memory describes.
+
+The table is uploaded from pinned memory at each call: a CUDA graph can't capture that. (csrc/cuda/multi_tensor_copy.cu
+passes its table as a kernel argument.)
+"""
 
 from collections import defaultdict
 from typing import NamedTuple
@@ -77,6 +81,8 @@ def multi_tensor_copy_kernel(
 def multi_tensor_copy(sources: list[Tensor], destinations: list[Tensor]) -> None:
     pairs: dict[Kind, list[RectanglePair]] = defaultdict(list)
     for source, destination in zip(sources, destinations, strict=True):
+        if source.element_size() == 16:  # complex128: Triton has no type of 16 bytes
+            source, destination = torch.view_as_real(source), torch.view_as_real(destination)
         for pair in rectangle_pairs(source, destination):
             pairs[kind_of(pair, source, destination)].append(pair)
     for kind, entries in pairs.items():

@@ -10,11 +10,12 @@ from .rows import as_rows
 
 MAX_SIZE = 8192
 """Longest row that the registers of one program hold."""
-MAX_PARTIALS = 264
-"""Rows of the first stage's partial sums of dw: two programs for each of an H100's 132 multiprocessors."""
+MAX_PARTIALS = 396
+"""Rows of the first stage's partial sums of dw: three programs for each of an H100's 132 multiprocessors. While one waits for
+the sum of its row, the others read theirs."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def rms_norm_forward_kernel(
     x_ptr, weight_ptr, y_ptr, rstd_ptr, num_rows, size, x_row_stride, x_column_stride,
     EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -31,7 +32,7 @@ def rms_norm_forward_kernel(
     tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "tiles_per_program"])
 def rms_norm_backward_kernel(
     dy_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr, num_rows, size, tiles_per_program,
     dy_row_stride, dy_column_stride, x_row_stride, x_column_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr,

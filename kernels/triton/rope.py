@@ -8,7 +8,7 @@ from torch import Tensor
 from .ahead_of_time import BF16, FP32, AotCase
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "table_rows"])
 def rope_kernel(
     x_ptr, cos_ptr, sin_ptr, positions_ptr, y_ptr, num_tokens, num_heads, table_rows,
     x_token_stride, x_head_stride, x_column_stride, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,

@@ -9,7 +9,7 @@ from .ahead_of_time import BF16, AotCase
 from .rows import as_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def swiglu_forward_kernel(
     gate_ptr, up_ptr, y_ptr, num_rows, size, gate_row_stride, gate_column_stride, up_row_stride, up_column_stride,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -23,7 +23,7 @@ def swiglu_forward_kernel(
     tl.store(y_ptr + rows * size + columns, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def swiglu_backward_kernel(
     dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, num_rows, size, dy_row_stride, dy_column_stride,
     gate_row_stride, gate_column_stride, up_row_stride, up_column_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr,

@@ -43,8 +43,9 @@ def source_of(case) -> ASTSource:
     assert not unknown, f"{case.kernel.__name__} {case.label}: arguments that differ from the kernel's: {sorted(unknown)}"
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(names):
-        value = case.arguments[name]
-        if isinstance(value, str) and not case.kernel.params[index].is_constexpr:
+        value, parameter = case.arguments[name], case.kernel.params[index]
+        assert not parameter.do_not_specialize or value in ("i32", "i64", "fp32"), f"{name} is never compiled for {value}"
+        if isinstance(value, str) and not parameter.is_constexpr:
             signature[name] = value.removesuffix(":16")
             if value.endswith(":16"):
                 attributes[(index,)] = [["tt.divisibility", 16]]

@@ -10,7 +10,7 @@ from strop.kernels.cuda import multi_tensor_copy as cuda
 from strop.kernels.rectangles import rectangle_pairs
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-NOT_CONVERTED = [torch.int64, torch.uint8, torch.float64, torch.int16, torch.float8_e4m3fn]
+NOT_CONVERTED = [torch.int64, torch.uint8, torch.float64, torch.int16, torch.float8_e4m3fn, torch.complex128]
 
 
 def weights(rounded: torch.dtype = torch.bfloat16) -> tuple[list, list]:
