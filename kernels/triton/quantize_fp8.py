@@ -11,15 +11,19 @@ ROWS_OF_LINES = 16
 """Rows of a program where every row has its own scale: 2048 values, 16 a thread."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "scale_rows", "row_tiles"])
 def quantize_fp8_kernel(
-    x_ptr, q_ptr, scale_ptr, num_rows, size, scale_rows, scale_columns, x_batch_stride, x_row_stride, x_column_stride,
+    x_ptr, q_ptr, scale_ptr, num_rows, size, scale_rows, scale_columns, row_tiles,
+    x_batch_stride, x_row_stride, x_column_stride,
     SQUARE: tl.constexpr, POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS x 128 values of one matrix of the batch, with one scale for each row or, where SQUARE, one for all."""
-    rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    """ROWS x 128 values of one matrix of the batch, with one scale for each row or, where SQUARE, one for all.
+
+    Programs 0 .. row_tiles - 1 along the first axis (the only one longer than 65,535) are those of the first matrix.
+    """
+    batch, row_tile = (tl.program_id(0) // row_tiles).to(tl.int64), (tl.program_id(0) % row_tiles).to(tl.int64)
+    rows = (row_tile * ROWS + tl.arange(0, ROWS))[:, None]
     columns = (tl.program_id(1).to(tl.int64) * 128 + tl.arange(0, 128))[None, :]
-    batch = tl.program_id(2).to(tl.int64)
     inside = (rows < num_rows) & (columns < size)
     cells = x_ptr + batch * x_batch_stride + rows * x_row_stride + columns * x_column_stride
     x = tl.load(cells, mask=inside, other=0.0).to(tl.float32)
@@ -30,7 +34,7 @@ def quantize_fp8_kernel(
     if SQUARE:
         largest = tl.max(largest, axis=0, keep_dims=True)
         finite = tl.min(finite, axis=0, keep_dims=True)
-        scale_row = (tl.program_id(0).to(tl.int64) + tl.arange(0, 1))[:, None]
+        scale_row = (row_tile + tl.arange(0, 1))[:, None]
     scale = tl.maximum(tl.div_rn(largest, 448.0), 1.1754943508222875e-38)  # 2^-126
     if POWER_OF_TWO:
         bits = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
@@ -58,10 +62,11 @@ def quantize_fp8(x: Tensor, block_rows: int, power_of_two: bool) -> tuple[Tensor
     scale = torch.empty(*batch, scale_rows, scale_columns, dtype=torch.float32, device=x.device)
     if x.numel():
         x_BMK, meta = x.reshape(-1, num_rows, size), tile(block_rows)
-        grid = (triton.cdiv(num_rows, meta["ROWS"]), scale_columns, x_BMK.shape[0])
-        quantize_fp8_kernel[grid](
-            x_BMK, q, scale, num_rows, size, scale_rows, scale_columns, *x_BMK.stride(), POWER_OF_TWO=power_of_two, **meta
-        )
+        row_tiles = triton.cdiv(num_rows, meta["ROWS"])
+        quantize_fp8_kernel[(x_BMK.shape[0] * row_tiles, scale_columns)](
+            x_BMK, q, scale, num_rows, size, scale_rows, scale_columns, row_tiles, *x_BMK.stride(),
+            POWER_OF_TWO=power_of_two, **meta,
+        )  # fmt: skip
     return q.to(torch.float8_e4m3fn), scale
 
 
@@ -71,9 +76,9 @@ def aot_cases() -> list[AotCase]:
         meta = tile(block_rows)
         num_warps = meta.pop("num_warps")
         arguments = {
-            "x_ptr": BF16, "q_ptr": FP8, "scale_ptr": FP32, "num_rows": "i32:16", "size": "i32:16", "scale_rows": "i32",
-            "scale_columns": "i32:16", "x_batch_stride": "i64:16", "x_row_stride": "i32:16", "x_column_stride": 1,
-            "POWER_OF_TWO": power_of_two, **meta,
+            "x_ptr": BF16, "q_ptr": FP8, "scale_ptr": FP32, "num_rows": "i32", "size": "i32:16", "scale_rows": "i32",
+            "scale_columns": "i32:16", "row_tiles": "i32", "x_batch_stride": "i64:16", "x_row_stride": "i32:16",
+            "x_column_stride": 1, "POWER_OF_TWO": power_of_two, **meta,
         }  # fmt: skip
         label = f"{block_rows}x128{' 2^n' if power_of_two else ''}"
         cases.append(AotCase(quantize_fp8_kernel, arguments, num_warps, label=label))

@@ -76,6 +76,14 @@ def test_triton_edge_cases(interpreted, block):
         same_bits(interpreted(quantize_fp8, strided, block)[0], quantize_fp8(strided, block))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_triton_takes_more_matrices_than_an_axis_of_blocks():
+    """65,535 blocks are the most along the second and third axis of a grid."""
+    x = torch.randn(65_537, 3, 130, device="cuda")
+    same_bits(tuple(out.cpu() for out in quantize_fp8(x)), quantize_fp8(x.cpu()))
+
+
 def test_compiles_and_passes_opcheck():
     x = torch.randn(3, 200)
     compiled = torch.compile(lambda x: quantize_fp8(x, (128, 128)), fullgraph=True, backend="aot_eager")
