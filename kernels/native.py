@@ -11,6 +11,8 @@ import torch
 FOLDER = Path(__file__).parent / "_native"
 ABI_VERSION = 3
 """STROP_ABI_VERSION of csrc/include/strop.h."""
+LAUNCH_FAILED = 3
+"""STROP_LAUNCH_FAILED there: the CUDA runtime has an error number."""
 CHOICES = ("auto", "reference", "native", "triton")
 
 
@@ -78,5 +80,5 @@ def call(function: str, *arguments: object) -> None:
 def check(kernels: ctypes.CDLL, function: str, status: int) -> None:
     """RuntimeError unless a function of the CUDA library returned STROP_OK."""
     if status:
-        detail = f"CUDA error {kernels.strop_cuda_last_error()}"
-        raise RuntimeError(f"strop_cuda_{function} failed with status {status}, {detail} (csrc/include/strop.h)")
+        detail = f", CUDA error {kernels.strop_cuda_last_error()}" if status == LAUNCH_FAILED else ""
+        raise RuntimeError(f"strop_cuda_{function} failed with status {status}{detail} (csrc/include/strop.h)")

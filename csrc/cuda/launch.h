@@ -33,8 +33,9 @@ __device__ inline float strop_exp2(float x) {
 }
 #endif
 
-// The last error of the CUDA runtime, for strop_cuda_last_error().
-inline int strop_last_error = 0;
+// What the CUDA runtime said to this thread's last launch, for strop_cuda_last_error(). cudaGetLastError after a launch also
+// returns what an earlier launch left, an access outside memory by its kernel for example: the device is lost to all that follow.
+inline thread_local int strop_last_error = 0;
 
 inline int status_of(cudaError_t error) {
   strop_last_error = static_cast<int>(error);
