@@ -5,7 +5,8 @@ needs neither torch nor Python headers, and one wheel serves every supported Pyt
 because every kernel has a plain-torch reference; `strop/kernels/_native/build.txt` says what was built and why not.
 
 Environment:
-  CXX=clang++           another C++ compiler than g++
+  CXX=g++-13            another g++ than the one on PATH; clang++ brings an OpenMP of its own, libomp, and with it a second
+                        pool of threads beside torch's, of which torch.set_num_threads knows nothing
   CUDA_HOME=/opt/cuda   where nvcc is, if not on PATH
   STROP_FORCE_CUDA=1    compile csrc/cuda although this machine has no GPU (to build a wheel for one that has)
   STROP_BUILD=strict    a compile error fails the installation

@@ -1,8 +1,10 @@
 // The row kernels of a softmax over logits, one block of columns at a time: kernels/reference/softmax.py has the formulas.
 //
-// A block (4 KB of z) stays in the first-level cache between its steps: logits to z and their maximum, then sums or gradient.
+// A block (4 KB of v) stays in the first-level cache between its steps: logits to v and their maximum, then sums or gradient.
 // Sums run in fp32 over a block, each lane adding kBlock / kLanes terms, and in fp64 over the blocks: a vocabulary of 150,000
 // costs no accuracy.
+//
+// v is z before the temperature: differences of large logits are exact, so they are taken first and then multiplied by 1 / T.
 #pragma once
 
 #include "level.h"
@@ -48,14 +50,14 @@ inline F load_bias(const Row &row, int64_t column, int count) {
   return load_some_at<Fp32>(row.bias, column, count);
 }
 
-// z of `count` columns from `column` on, and its derivative dz/du; in a plain row z is only the scaled logit.
+// v of `count` columns from `column` on, and z's derivative dz/du; in a plain row v is the logit.
 struct Shaped {
-  F z, slope;
+  F v, slope;
 };
 template <class Type, bool kPlain>
 Shaped shape(const Row &row, int64_t column, int count) {
   F u = load_some_at<Type>(row.logits, column, count);
-  if (kPlain) return {u * row.scale, all(row.scale)};
+  if (kPlain) return {u, all(row.scale)};
   if (row.bias) u += load_bias(row, column, count);
   F slope = all(row.scale);
   if (row.softcap != 0) {
@@ -63,13 +65,12 @@ Shaped shape(const Row &row, int64_t column, int count) {
     u = capped.t * row.softcap;
     slope *= capped.slope;
   }
-  F z = u * row.scale;
   if (row.keep_mask) {
     const I kept = load_flags(row.keep_mask + column, count);
-    z = kept ? z : all(-INFINITY);
+    u = kept ? u : all(-INFINITY);
     slope = kept ? slope : F{};
   }
-  return {z, slope};
+  return {u, slope};
 }
 
 inline F only_first(F x, int count, float others) {
@@ -77,9 +78,9 @@ inline F only_first(F x, int count, float others) {
   return x;
 }
 
-// Maximum, sum e^(z - maximum) and sum e^(z - maximum) (z - maximum) of a row, the maximum a running one.
+// With d = (v - maximum) scale: the running maximum of v, sum e^d and sum e^d d of a row.
 struct OnlineSoftmax {
-  float maximum = -INFINITY;
+  float scale, maximum = -INFINITY;
   double total = 0, weighted = 0;
 
   // -inf (nothing kept so far) -> 0, so that -inf - base is -inf instead of NaN.
@@ -90,21 +91,27 @@ struct OnlineSoftmax {
       total *= 0;
       weighted *= 0;
     } else {
-      const double shift = static_cast<double>(maximum) - higher, factor = exp(shift);
+      const double shift = (static_cast<double>(maximum) - higher) * scale, factor = exp(shift);
       weighted = factor * (weighted + shift * total);
       total *= factor;
     }
     maximum = higher;
   }
 
-  // z [count], -inf behind it up to a whole vector; ahead: memory that a later block will read.
-  void add(const float *z, int count, float block_maximum, const char *ahead, int bytes) {
+  // v [count], -inf behind it up to a whole vector; ahead: memory that a later block will read.
+  void add(const float *v, int count, float block_maximum, const char *ahead, int bytes) {
     if (block_maximum > maximum) raise(block_maximum);
+    scale == 1 ? sum<false>(v, count, ahead, bytes) : sum<true>(v, count, ahead, bytes);
+  }
+
+  template <bool kScaled>
+  void sum(const float *v, int count, const char *ahead, int bytes) {
     const F start = all(base()), lowest = all(kLowest);
     F totals = {}, products = {};
     for (int i = 0; i < count; i += kLanes) {
       __builtin_prefetch(ahead + i * bytes, 0, 2);
-      const F difference = larger(lowest, Fp32::load(z + i) - start);  // e^lowest adds nothing to a total of at least 1
+      const F below = Fp32::load(v + i) - start;
+      const F difference = larger(lowest, kScaled ? below * scale : below);  // e^lowest adds nothing to a total of at least 1
       const F e = exp_in_range(difference);
       totals += e;
       products += e * difference;
@@ -116,27 +123,29 @@ struct OnlineSoftmax {
 
 template <class Type, bool kPlain>
 OnlineSoftmax row_softmax(const Row &row, int64_t vocab) {
-  OnlineSoftmax softmax;
-  alignas(64) float z[kBlock];
+  OnlineSoftmax softmax{row.scale};
+  alignas(64) float v[kBlock];
   constexpr int kBytes = sizeof(typename Type::Element);
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const int width = vocab - start < kBlock ? static_cast<int>(vocab - start) : kBlock, whole = width / kLanes * kLanes;
     F maximum = all(-INFINITY);
     for (int i = 0; i < whole; i += kLanes) {
-      const F block = shape<Type, kPlain>(row, start + i, kLanes).z;
+      const F block = shape<Type, kPlain>(row, start + i, kLanes).v;
       maximum = larger(block, maximum);
-      Fp32::store(z + i, block);
+      Fp32::store(v + i, block);
     }
     if (whole < width) {
       const int rest = width - whole;
-      const F block = only_first(shape<Type, kPlain>(row, start + whole, rest).z, rest, -INFINITY);
+      const F block = only_first(shape<Type, kPlain>(row, start + whole, rest).v, rest, -INFINITY);
       maximum = larger(block, maximum);
-      Fp32::store(z + whole, block);
+      Fp32::store(v + whole, block);
     }
     // Two blocks ahead into the second-level cache: 20% faster than one ahead into the first, twice as fast as no prefetch.
-    softmax.add(z, width, maximum_of(maximum), row.logits + (start + 2 * kBlock) * kBytes, kBytes);
+    softmax.add(v, width, maximum_of(maximum), row.logits + (start + 2 * kBlock) * kBytes, kBytes);
   }
   if (softmax.maximum == -INFINITY && softmax.total == softmax.total) softmax.total = softmax.weighted = 0;
+  // So little is only what e^lowest has left of tokens that are not there: a row of one token has entropy 0, not 1e-35.
+  if (softmax.weighted > -1e-30) softmax.weighted = 0;
   return softmax;
 }
 
@@ -152,32 +161,35 @@ void statistics_rows(const strop_logits &rows, bool partial, float *out, int64_t
     const Row row(rows, i);
     const OnlineSoftmax softmax = row_softmax<Type, kPlain>(row, rows.vocab);
     const bool found = target >= 0 && target < rows.vocab;
-    const float z = found ? shape<Type, kPlain>(row, target, 1).z[0] : 0;
+    const float v = found ? shape<Type, kPlain>(row, target, 1).v[0] : 0;
     if (partial) {
-      const float fields[] = {softmax.maximum, static_cast<float>(softmax.total), static_cast<float>(softmax.weighted), z,
-                              found ? 1.0f : 0.0f};
+      const float fields[] = {softmax.maximum * row.scale, static_cast<float>(softmax.total),
+                              static_cast<float>(softmax.weighted), v * row.scale, found ? 1.0f : 0.0f};
       for (int field = 0; field < 5; ++field) out[field * n + i] = fields[field];
     } else {
       const double base = softmax.base(), log_total = log(softmax.total);
-      out[i] = found ? static_cast<float>((z - base) - log_total) : NAN;
+      out[i] = found ? static_cast<float>((v - base) * row.scale - log_total) : NAN;
       out[n + i] = static_cast<float>(log_total - softmax.weighted / softmax.total);
-      out[2 * n + i] = static_cast<float>(base + log_total);
+      out[2 * n + i] = static_cast<float>(base * row.scale + log_total);
     }
   }
 }
 
-// dz_j = p_j (constant - h log p_j) for every column; the target's entry is added by `gradient_rows`.
+// p_j (constant - h log p_j) for every column, log p_j = (v_j - anchor) scale + offset; the target's entry is added by
+// `gradient_rows`. In a plain row constant and h hold the slope already.
 struct RowGradient {
-  float logsumexp, constant, h;
+  float anchor, scale, offset, constant, h;
 };
 
 template <class In, class Out, bool kPlain>
 F gradient_of(const Row &row, const RowGradient &of, int64_t column, int count) {
   const Shaped at = shape<In, kPlain>(row, column, count);
-  const F log_p = at.z - of.logsumexp, finite_log_p = larger(all(kLowest), log_p);
+  const F log_p = (at.v - of.anchor) * of.scale + of.offset, finite_log_p = larger(all(kLowest), log_p);
   const F p = log_p < kLowest ? F{} : exp_in_range(finite_log_p);
-  const F du = p * (of.constant - of.h * finite_log_p) * at.slope;
-  return kPlain || !row.keep_mask ? du : at.slope == 0.0f ? F{} : du;  // outside keep_mask 0, whatever comes from upstream
+  const F dz = p * (of.constant - of.h * finite_log_p);
+  if (kPlain) return dz;
+  const F du = dz * at.slope;
+  return row.keep_mask ? (at.slope == 0.0f ? F{} : du) : du;  // outside keep_mask 0, whatever comes from upstream
 }
 
 template <class In, class Out, bool kPlain>
@@ -202,15 +214,20 @@ void gradient_rows(const strop_logits &rows, const StropGradient &gradient, int6
       continue;
     }
     const Row row(rows, i);
-    const float entropy = gradient.entropy[i], logprob = gradient.logprob[i];
+    const float entropy = gradient.entropy[i], logprob = gradient.logprob[i], logsumexp = gradient.logsumexp[i];
     const bool found = target >= 0 && target < rows.vocab;
     const Shaped at_target = found ? shape<In, kPlain>(row, target, 1) : Shaped{};  // before `out` overwrites it
     const float base = h == 0 ? k : k - h * entropy;  // an infinite entropy without an upstream gradient makes no NaN
-    gradient_row<In, Out, kPlain>(row, {gradient.logsumexp[i], base - g, h}, rows.vocab, out);
+    // The nearer of two points on the line: fp32 holds a logsumexp near 1e4 to 5e-4 only, the distance to the target's exactly.
+    const float v = at_target.v[0];
+    const bool near = found && fabsf(logprob) < fabsf(logsumexp) && fabsf(v) < INFINITY;
+    const float slope = kPlain ? row.scale : 1;
+    const RowGradient of{near ? v : 0, row.scale, near ? logprob : -logsumexp, (base - g) * slope, h * slope};
+    gradient_row<In, Out, kPlain>(row, of, rows.vocab, out);
     if (!found) continue;
     const bool kept = kPlain || !row.keep_mask || row.keep_mask[target];
     const float log_p = logprob < kLowest ? kLowest : logprob;
-    // g (1 - p) as -g expm1(log p): p - 1 would round to 0 as p -> 1.
+    // g (1 - p) as -g expm1(log p): a rounded p would cost all digits of a small 1 - p that log p has.
     const float dz = expf(logprob) * (base - h * log_p) - g * expm1f(logprob);
     store_some<Out>(out + target, all(kept ? dz * at_target.slope[0] : 0.0f), 1);
   }

@@ -1,8 +1,9 @@
 // Work split over the OpenMP threads that torch uses.
 //
 // The library asks for libgomp.so.1, the name of the one inside torch's wheel, which is loaded already and in the global
-// scope: both share one pool of threads and torch.set_num_threads counts for both. With one thread no parallel region is
-// entered, so that a forked process, which has no pool any more, doesn't wait for it.
+// scope: both share one pool of threads. OpenMP keeps their number by calling thread, and torch sets it in a thread when torch
+// first wants to know it there: so callers ask torch.get_num_threads() first (kernels/cpu). With one thread no parallel region
+// is entered, so that a forked process, which has no pool any more, doesn't wait for it.
 #pragma once
 
 #include <omp.h>

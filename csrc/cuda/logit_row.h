@@ -1,4 +1,6 @@
-// How logit_rows.cu reads a row of logits: 16 bytes at a time from wherever the row begins, shaped into z.
+// How logit_rows.cu reads a row of logits: 16 bytes at a time from wherever the row begins, shaped into v.
+//
+// v is z before the temperature: differences of large logits are exact, so they are taken first and then multiplied by 1 / T.
 #pragma once
 
 #include "warp.h"
@@ -50,7 +52,7 @@ __device__ void store_floats(const Pack<float, N> &floats, T *to) {
   }
 }
 
-// A row: z = softcap * tanh((u + bias) / softcap) * scale, -inf outside the mask. kPlain: no bias, softcap or mask.
+// A row: v = softcap * tanh((u + bias) / softcap), -inf outside the mask; z = v * scale. kPlain: no bias, softcap or mask.
 template <typename T, bool kPlain>
 struct Row {
   const T *logits;
@@ -77,7 +79,7 @@ struct Row {
     }
   }
 
-  // u becomes z. slope: dz/du; 0 outside the mask.
+  // u becomes v. slope: dz/du; 0 outside the mask.
   template <int N>
   __device__ void shape(int column, Pack<float, N> &u, Pack<float, N> &slope) const {
     if constexpr (!kPlain) {
@@ -95,7 +97,6 @@ struct Row {
         slope.value[i] *= tanh_slope(x);
         u.value[i] = softcap * tanhf(x);
       }
-      u.value[i] *= scale;
     }
     if constexpr (!kPlain) {
       if (!keep_mask) return;
@@ -107,6 +108,12 @@ struct Row {
         slope.value[i] = 0.0f;
       }
     }
+  }
+
+  __device__ float value_at(int column) const {
+    Pack<float, 1> v = floats_of(load<1>(logits + column)), slope;
+    shape(column, v, slope);
+    return v.value[0];
   }
 };
 

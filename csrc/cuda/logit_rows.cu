@@ -19,7 +19,8 @@ constexpr float kUnderflow = -1e4f;  // e^-1e4 is 0, and 0 * -1e4 is 0 where 0 *
 // -inf (nothing kept so far) becomes 0, so that -inf - max stays -inf instead of NaN.
 __device__ float finite(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
 
-// Maximum, sum e^(z - max) and sum e^(z - max) (z - max) of the columns visited. A NaN passes by the maximum into the sums.
+// With d = (v - max) scale: the maximum of v, sum e^d and sum e^d d of the columns visited. A NaN passes by the maximum into
+// the sums.
 template <typename T, bool kPlain>
 struct Statistics {
   Row<T, kPlain> row;
@@ -27,7 +28,7 @@ struct Statistics {
 
   __device__ void raise(float to) {
     if (!(to > maximum)) return;
-    const float shift = fmaxf(maximum - to, kUnderflow), factor = exponential(shift);
+    const float shift = fmaxf((maximum - to) * row.scale, kUnderflow), factor = exponential(shift);
     weighted = factor * (weighted + shift * total);
     total *= factor;
     maximum = to;
@@ -44,7 +45,7 @@ struct Statistics {
     const float base = finite(maximum);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const float below = u.value[i] - base, mass = exponential(below);
+      const float below = (u.value[i] - base) * row.scale, mass = exponential(below);
       total += mass;
       weighted += mass * fmaxf(below, kUnderflow);
     }
@@ -97,31 +98,28 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(kPlain))
   }
   if (threadIdx.x % kTeam != 0) return;
 
-  Pack<float, 1> z{{0.0f}}, slope;
-  if (found) {
-    z = floats_of(load<1>(statistics.row.logits + target));
-    statistics.row.shape(static_cast<int>(target), z, slope);
-  }
+  const float v = found ? statistics.row.value_at(static_cast<int>(target)) : 0.0f, scale = statistics.row.scale;
   const auto write = [&](int index, float value) { out[index * in.num_rows + row] = value; };
   if (partial) {
-    write(0, statistics.maximum);
+    write(0, statistics.maximum * scale);
     write(1, statistics.total);
     write(2, statistics.weighted);
-    write(3, z.value[0]);
+    write(3, v * scale);
     write(4, found ? 1.0f : 0.0f);
     return;
   }
   const float base = finite(statistics.maximum), log_total = logf(statistics.total);
-  write(0, ignored ? 0.0f : found ? z.value[0] - base - log_total : NAN);
+  write(0, ignored ? 0.0f : found ? (v - base) * scale - log_total : NAN);
   write(1, ignored ? 0.0f : log_total - statistics.weighted / statistics.total);
-  write(2, ignored ? 0.0f : base + log_total);
+  write(2, ignored ? 0.0f : base * scale + log_total);
 }
 
 // dz_j = p_j (constant - h log p_j), constant = k - g - h * entropy, and g more for the target; times dz/du.
+// log p_j = (v_j - anchor) scale + offset.
 template <typename T, bool kPlain>
 struct Gradient {
   Row<T, kPlain> row;
-  float logsumexp, constant, h, at_target;
+  float anchor, offset, constant, h, at_target;
   int target;  // -1: not here
   void *out;   // of the row
   int out_type;
@@ -132,7 +130,7 @@ struct Gradient {
     row.shape(column, u, slope);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const float log_p = u.value[i] - logsumexp;
+      const float log_p = (u.value[i] - anchor) * row.scale + offset;
       u.value[i] = exponential(log_p) * (constant - h * fmaxf(log_p, kUnderflow));
     }
     if (target >= column && target < column + N) {
@@ -180,13 +178,23 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(kPlain))
   char *out = static_cast<char *>(rows.out) + row * rows.out_stride * item;
   if (target == STROP_IGNORED || (g == 0 && h == 0 && k == 0)) return clear_row<kTeam>(out, in.vocab * item);
 
-  const float logprob = rows.logprob[row];
-  // The target's g (1 - p) comes from -expm1: p - 1 would round to 0 as p -> 1.
-  const float constant = k - g - h * rows.entropy[row];
-  const float at_target = expf(logprob) * (constant + g - h * fmaxf(logprob, kUnderflow)) - g * expm1f(logprob);
-  const bool here = target >= 0 && target < in.vocab;
-  Gradient<T, kPlain> gradient{Row<T, kPlain>(in, row),          rows.logsumexp[row], constant, h, at_target,
-                               here ? static_cast<int>(target) : -1, out,                 rows.out_type};
+  const float logprob = rows.logprob[row], logsumexp = rows.logsumexp[row];
+  const float base = h == 0 ? k : k - h * rows.entropy[row];  // an infinite entropy without an upstream gradient makes no NaN
+  // The target's g (1 - p) comes from -expm1: a rounded p would cost all digits of a small 1 - p that log p has.
+  const float at_target = expf(logprob) * (base - h * fmaxf(logprob, kUnderflow)) - g * expm1f(logprob);
+  const int here = target >= 0 && target < in.vocab ? static_cast<int>(target) : -1;
+  const Row<T, kPlain> logits(in, row);
+
+  // The nearer of two points on the line: fp32 holds a logsumexp near 1e4 to 5e-4 only, the distance to the target's exactly.
+  const float v = here >= 0 ? logits.value_at(here) : 0.0f;
+  if constexpr (kTeam == kThreads) {  // every thread has v before one writes there: out may be the logits
+    __syncthreads();
+  } else {
+    __syncwarp();
+  }
+  const bool near = here >= 0 && fabsf(logprob) < fabsf(logsumexp) && fabsf(v) < INFINITY;
+  Gradient<T, kPlain> gradient{logits,   near ? v : 0.0f, near ? logprob : -logsumexp, base - g, h,
+                               at_target, here,           out,                         rows.out_type};
   visit_row<kTeam>(gradient.row.logits, static_cast<int>(in.vocab), gradient);
 }
 

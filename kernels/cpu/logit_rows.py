@@ -5,8 +5,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .. import native
 from ..native_structs import TYPE_CODES, address, logit_rows
+from . import call_parallel
 
 
 def logit_statistics(
@@ -28,7 +28,7 @@ def logit_statistics(
         keep_mask_NV=keep_mask_NV,
     )
     statistics = torch.empty(5 if partial else 3, len(logits_NV), dtype=torch.float32)
-    native.call("logit_statistics", ctypes.byref(rows), ctypes.c_int(partial), address(statistics))
+    call_parallel("logit_statistics", ctypes.byref(rows), ctypes.c_int(partial), address(statistics))
     return statistics
 
 
@@ -57,7 +57,7 @@ def logit_gradient(
     statistics_3N = statistics_3N.contiguous()
     first, field_bytes = statistics_3N.data_ptr(), statistics_3N.element_size() * len(targets_N)
     upstream = [None if gradient is None else gradient.contiguous() for gradient in (g_N, h_N, k_N)]
-    native.call(
+    call_parallel(
         "logit_gradient",
         ctypes.byref(rows),
         *(ctypes.c_void_p(first + field * field_bytes) for field in range(3)),

@@ -5,10 +5,10 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .. import native
 from ..loss_code import LossCode
 from ..metrics import METRIC_FIELDS
 from ..native_structs import FlatLossCode, address, loss_tokens
+from . import call_parallel
 
 
 def policy_loss(
@@ -31,5 +31,5 @@ def policy_loss(
     d_logprob_T = torch.empty_like(logprob_T)
     d_entropy_T = torch.empty_like(logprob_T) if code.entropy_coef else None
     outputs = (address(tensor) for tensor in (loss, metrics, d_logprob_T, d_entropy_T))
-    native.call("policy_loss", ctypes.byref(tokens), ctypes.byref(FlatLossCode(*code)), *outputs)
+    call_parallel("policy_loss", ctypes.byref(tokens), ctypes.byref(FlatLossCode(*code)), *outputs)
     return loss, metrics, d_logprob_T, d_entropy_T

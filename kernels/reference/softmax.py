@@ -4,6 +4,10 @@ With z = softcap * tanh(u / softcap) / T, u the raw logits, and p = softmax(z) o
     logprob = z_y - lse,   H = lse - sum_j p_j z_j,   lse = log sum_j e^z_j
     dz_j = g (1[j = y] - p_j) - h p_j (log p_j + H) + k p_j          g, h, k: upstream gradients of logprob, H, lse
     du_j = dz_j (1 - tanh^2(u_j / softcap)) / T
+
+Accuracy, of every form: an fp32 log-prob is right to a few 1e-7 in absolute terms plus 1e-7 of its size, as in eager torch.
+So the probability of a nearly certain token, and its gradient g (1 - p), are no better than that: where 1 - p is below
+6e-8, both log p and 1 - p come out as 0, since 1 + (1 - p) rounds to 1 in the sum of exponentials.
 """
 
 from typing import NamedTuple
@@ -83,7 +87,8 @@ class RowStatistics(NamedTuple):
 class OnlineSoftmax:
     """Max, sum e^(z - max), sum e^(z - max) (z - max) and the target's z of N rows, one vocabulary block at a time.
 
-    Sums are taken relative to the running maximum, which starts at -inf, so logits of 1e4 lose nothing to cancellation.
+    Sums are taken relative to the running maximum, which starts at -inf: what a logit of 1e4 has lost is what fp32 had no room
+    for in z itself.
     """
 
     def __init__(self, partial_5N: Tensor):
@@ -174,7 +179,9 @@ def logit_gradient(
 ) -> Tensor:
     """dz [n, v] into `out`. `rows` and `upstream` are those of these n rows, targets as in `OnlineSoftmax.add_`.
 
-    The target's entry is written from 1 - p = -expm1(logprob): p - 1 would round to 0 as p -> 1.
+    log p comes from the nearer of two fixed points, z_y with its log-prob (where the target lies in this block) or logsumexp:
+    fp32 holds a logsumexp near 1e4 to 5e-4 only, the distance of two logits exactly. The target's entry is written from
+    1 - p = -expm1(logprob), as good as logprob; a rounded p would cost all digits of a small 1 - p that logprob has.
     """
     g, h, k = upstream
     constant = torch.zeros_like(rows.logprob)
@@ -183,19 +190,22 @@ def logit_gradient(
     if k is not None:
         constant = constant + k
     at_target = rows.logprob.exp()
-    log_p = torch.sub(z, rows.logsumexp[:, None], out=out)
+    column, inside = locate(targets, z.shape[1])
+    z_target = z.gather(1, column).squeeze(1)
+    near = inside & (rows.logprob.abs() < rows.logsumexp.abs()) & z_target.isfinite()
+    log_p = torch.sub(z, torch.where(near, z_target, rows.logsumexp)[:, None], out=out)
+    log_p += torch.where(near, rows.logprob, 0)[:, None]
     if h is None:
         log_p.exp_().mul_(constant[:, None])
         at_target = at_target * (constant if g is None else constant + g)
     else:
         if may_be_infinite:
             log_p.clamp_(min=UNDERFLOW)
-        constant = constant - h * rows.entropy
+        constant = constant - torch.where(h == 0, 0, h * rows.entropy)  # an infinite entropy without a gradient makes no NaN
         slope = torch.addcmul(constant[:, None], log_p, h[:, None], value=-1)
         log_p.exp_().mul_(slope)
         log_p_target = rows.logprob.clamp(min=UNDERFLOW)
         at_target = at_target * ((constant if g is None else constant + g) - h * log_p_target)
     if g is not None:
         at_target = at_target - g * torch.expm1(rows.logprob)
-    column, inside = locate(targets, z.shape[1])
     return out.scatter_(1, column, torch.where(inside, at_target, out.gather(1, column).squeeze(1))[:, None])

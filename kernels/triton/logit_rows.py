@@ -179,20 +179,20 @@ def logit_gradient_kernel(
     here = live & (target >= 0) & (target < vocab)
     target_value = load_values(logits_ptr, bias_ptr, keep_ptr, target, here, softcap)
     tl.debug_barrier()  # every warp has it before one writes there: out may be the logits
-    near = here & (tl.abs(logprob) < tl.abs(logsumexp))
+    near = here & (tl.abs(logprob) < tl.abs(logsumexp)) & (tl.abs(target_value) < float("inf"))
     anchor = tl.where(near, target_value, 0.0)
     offset = tl.where(live, tl.where(near, logprob, -logsumexp), 0.0)
 
     slope = k - g
     if h_ptr is not None:
-        slope -= h * entropy
+        slope -= tl.where(h == 0.0, 0.0, h * entropy)  # an infinite entropy without an upstream gradient makes no NaN
     slope = tl.where(live, slope, 0.0)
     at_target = slope + g
     if h_ptr is not None:
         at_target -= h * tl.maximum(logprob, UNDERFLOW)
     at_target = tl.exp(logprob) * at_target
     if g_ptr is not None:
-        at_target -= g * expm1(logprob)  # g (1 - p): p - 1 would round to 0 as p -> 1
+        at_target -= g * expm1(logprob)  # g (1 - p): a rounded p would cost all digits of a small 1 - p that log p has
     target_column = tl.where(here, target, -1).to(tl.int32)
 
     lane_columns = (tl.arange(0, LANES) * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]

@@ -2,6 +2,7 @@
 
 import os
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,22 @@ def test_the_number_of_threads_changes_no_bit(threads):
     for others in results[1:]:
         for one, many in zip(results[0], others, strict=True):
             assert torch.equal(one.view(torch.int32), many.view(torch.int32))
+
+
+def test_a_new_thread_takes_as_many_threads_as_torch(threads):
+    """torch has not told OpenMP their number there, unless it is asked."""
+    library = native.library("cpu")
+    threads(1)
+    logits, targets, seen = torch.zeros(2, 5), torch.tensor([1, 2]), []
+
+    def in_new_thread() -> None:
+        logit_rows.logit_statistics(logits, targets, **PLAIN, partial=False)
+        seen.append(library.omp_get_max_threads())
+
+    worker = threading.Thread(target=in_new_thread)
+    worker.start()
+    worker.join()
+    assert seen == [1]
 
 
 def test_torch_and_the_kernels_share_one_openmp(threads):
