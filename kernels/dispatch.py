@@ -45,8 +45,8 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype, available: tuple[
     if asked != "auto":
         forced = asked if asked != "native" else "cuda" if device.type == "cuda" else "cpu"
         if reason := _cannot_run(forced, device.type, dtype, available):
-            raise ValueError(f"{op}: STROP_KERNELS={asked}, but {reason}; STROP_KERNELS=reference runs everywhere, and unset it "
-                             "lets each op take the best form it has")  # fmt: skip
+            raise ValueError(f"{op}: STROP_KERNELS={asked}, but {reason}; STROP_KERNELS=reference runs everywhere, and unset "
+                             "it lets each op take the best form it has")  # fmt: skip
         return forced
     preferred: tuple[Implementation, ...] = ("cpu",) if device.type == "cpu" else ("cuda", "triton")
     for implementation in preferred:

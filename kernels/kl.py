@@ -28,7 +28,8 @@ def kl(
     (4 to 8 bytes a token) are computed and kept by the forward.
 
     Raises ValueError for other names and for 'unbiased' with an estimator other than k3, TypeError or ValueError naming the
-    argument for other dtypes, shapes and devices, and under STROP_KERNELS=native, as it has no compiled form; RuntimeError for a double backward (not where the reference runs).
+    argument for other dtypes, shapes and devices, and under STROP_KERNELS=native, as it has no compiled form; RuntimeError
+    for a double backward (not where the reference runs).
     """
     for name, value, choices in (("estimator", estimator, get_args(KlEstimator)), ("gradient", gradient, get_args(KlGradient))):
         if value not in choices:

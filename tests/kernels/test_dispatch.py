@@ -87,7 +87,7 @@ def test_override_reaches_the_ops(monkeypatch):
     with pytest.raises(ValueError, match="rms_norm: STROP_KERNELS=triton, but the tensor is on the CPU"):
         rms_norm(torch.ones(2, 4), torch.ones(4), 1e-6)
     monkeypatch.setenv("STROP_KERNELS", "native")
-    with pytest.raises(ValueError, match="kl: STROP_KERNELS=native, but it has only reference, triton; .*unset it lets"):
+    with pytest.raises(ValueError, match=r"kl: STROP_KERNELS=native, but it has only reference, triton; .*unset it lets"):
         kl(torch.ones(2), torch.ones(2))
     monkeypatch.setenv("STROP_KERNELS", "triton")
     with pytest.raises(ValueError, match="float64"):
