@@ -44,7 +44,8 @@ def comparisons(device: torch.device, quick: bool) -> list[Comparison]:
 
     def with_gradient():
         original, targets = inputs()
-        logits, upstream = original.clone().requires_grad_(), torch.randn(2, rows, device=device).unbind()
+        logits = original * torch.ones((), device=device, requires_grad=True)  # computed, which in place asks for
+        upstream = torch.randn(2, rows, device=device).unbind()
 
         @torch.no_grad()
         def restore():

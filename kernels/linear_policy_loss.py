@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .checks import FLOATING, INDEX, STATISTICS, check_positive, check_positive_values, check_tensor
 from .dispatch import choose, define_op, load
-from .filled import number_on
+from .filled import filled, number_on
 from .head_gradient import HeadGradient
 from .lm_head import LmHead
 from .logprob_ops import SHAPE, FlatShape
@@ -69,7 +69,8 @@ def linear_policy_loss(
 
     Fused, it is 6 N H V floating-point operations: chunk by chunk of tokens the logits are made, scored, turned into their
     gradient and multiplied into those of hidden, weight and bias. These gradients, in the dtypes of their tensors, are all
-    that backward keeps; they belong to three autograd nodes. A token's slope must follow from its own log-prob, so the two
+    that backward keeps; they belong to three autograd nodes. While it runs, a weight of bf16 or fp16 without main_grad takes
+    another V x H in fp32, the sum over the chunks. A token's slope must follow from its own log-prob, so the two
     ops run one after the other instead (8 N H V: backward makes the logits again from three numbers a token) with
       - policies gspo, gspo-token, gmpo and vespo, opsm_delta, and sequence corrections without old_logprob, unless
         sequence_stats are given: they hold what the other tokens would tell;
@@ -78,13 +79,15 @@ def linear_policy_loss(
 
     loss_scale: what the loss will be multiplied with before backward (a loss scaler's factor, 1 / micro-batches), a number or
         a 0-dim tensor, > 0: the fused form computes the gradients of loss * loss_scale. An upstream gradient u multiplies
-        them by u / loss_scale; where that is 1 on a CPU they are handed on without a copy.
+        them by u / loss_scale, in place unless the graph is retained; where that is 1 on a CPU nothing is multiplied.
     main_grad: [V, H] in fp32, to which weight's gradient is added; `weight.grad` stays as it is. The fused form adds it *in
-        the forward*, without a V x H temporary. There u must be loss_scale: anything else is a ValueError in backward on a
-        CPU, a device-side assertion elsewhere and under torch.compile. And whether backward follows or not, the gradient is
-        in main_grad: score under torch.no_grad(), zero main_grad to drop a step, and keep activation checkpointing, which
-        runs a forward twice, and a second backward of a retained graph away from it.
-    split_backward: that of `linear_logprob`, for where the two ops run.
+        the forward*, without a V x H temporary: it is complete when the call returns, before any hook of weight, which
+        backward runs as if the gradient arrived then. There u must be loss_scale: anything else is a ValueError in backward
+        on a CPU, a device-side assertion elsewhere and under torch.compile; and a second backward of a retained graph is a
+        RuntimeError (torch.compile: a wrong gradient). Whether backward follows or not, the gradient is in main_grad: score
+        under torch.no_grad(), zero main_grad to drop a step, and keep activation checkpointing away, which runs a forward
+        twice.
+    split_backward: that of `linear_logprob`; for the fused form it only gives weight a gradient of zeros beside main_grad.
 
     Raises also ValueError for a loss_scale that isn't above 0 and finite, and RuntimeError for a double backward.
     """
@@ -132,10 +135,9 @@ def linear_policy_loss(
     )  # fmt: skip
     if main_grad is not None:
         gradients[WEIGHT] = None
-        needs[WEIGHT] = not (needs[HIDDEN] or needs[BIAS])  # no node that gives nothing, unless the loss had no other
     for tensor, gradient, is_needed in zip(trained, gradients, needs, strict=True):
         if is_needed:
-            loss = loss + stored_gradient(tensor, gradient, scale, exact=main_grad is not None)
+            loss = loss + stored_gradient(tensor, gradient, scale, once=main_grad is not None, zeros=split_backward)
     return LinearPolicyLoss(loss, logprob.view(targets.shape), metrics)
 
 
@@ -153,10 +155,10 @@ def check_loss_scale(loss_scale: float | Tensor, device: torch.device) -> Tensor
         check_positive_values("loss_scale", loss_scale, instead)
         return number_on(device, loss_scale, torch.float32)
     check_positive("loss_scale", loss_scale, instead)
-    return torch.full((), loss_scale, dtype=torch.float32, device=device)
+    return filled((), loss_scale, torch.float32, device)
 
 
-HIDDEN, WEIGHT, BIAS = range(3)
+WEIGHT = 1  # of hidden, weight, bias
 SEQUENCES = SUMS.index("sequences")
 
 

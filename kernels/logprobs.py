@@ -233,7 +233,9 @@ def flat_shape(
     group_name = None if tp_group is None else tp_group.group_name
     if not isinstance(temperature, Tensor):
         check_positive("temperature", temperature, "pass a number or one for each row (score greedy samples at 1)")
-        return FlatShape(None, 1.0 / temperature, softcap, keep_mask, group_name)
+        if temperature == 1 or not torch.compiler.is_compiling():
+            return FlatShape(None, 1.0 / temperature, softcap, keep_mask, group_name)
+        return FlatShape(filled((rows_shape.numel(),), 1.0 / temperature, dtype, device), 1.0, softcap, keep_mask, group_name)
     instead = "pass a number, or one for each row: temperature.expand(...) of a single one"
     check_tensor("temperature", temperature, STATISTICS, tuple(rows_shape), device, instead)
     check_positive_values("temperature", temperature, "score greedy samples at 1")

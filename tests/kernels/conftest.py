@@ -12,6 +12,7 @@ import itertools
 import math
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def neighbour(name: str):
     """The module in this folder, which is not on sys.path."""
     spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where torch.compile looks for a function's globals
     spec.loader.exec_module(module)
     return module
 
@@ -72,6 +74,12 @@ def interpreted():
     interpreter = neighbour("interpreter").Interpreter()
     yield interpreter
     interpreter.close()
+
+
+@pytest.fixture(scope="session")
+def make_case():
+    """make_case(...): a `Case` of linear_policy_case.py, inputs of the fused policy loss and of the two ops it consists of."""
+    return neighbour("linear_policy_case").Case
 
 
 @pytest.fixture(scope="session")

@@ -33,11 +33,13 @@ def results_and_gradients(dtype, bounds=(0, VOCAB), group=None, **options):
     leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight[columns], bias[columns])]
     results = linear_logprob(*leaves[:2], TARGETS, bias=leaves[2], keep_mask=keep[:, columns], **shape, **shard, **options)
     torch.autograd.backward(results, list(upstream))
-    logits = (hidden @ weight[columns].t()).requires_grad_()
+    leaf = hidden.clone().requires_grad_()
+    logits, slopes = leaf @ weight[columns].t(), []
+    logits.register_hook(lambda slope: slopes.append(slope.clone()))
     inplace = {"inplace_backward": True} if options else {}
     from_logits = logprob(logits, TARGETS, keep_mask=keep[:, columns], **shape, **shard, **inplace)
     torch.autograd.backward(from_logits, list(upstream))
-    found = (*results, *(leaf.grad for leaf in leaves), *from_logits, logits.grad)
+    found = (*results, *(leaf.grad for leaf in leaves), *from_logits, *slopes)
     return [tensor.detach().clone() for tensor in found]
 
 
