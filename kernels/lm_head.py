@@ -5,10 +5,11 @@ N rows, n rows of a piece, H hidden, V vocabulary, v columns of a piece. Rows ar
 both; columns are a slice of the vocabulary, None for all of it.
 
 Estimates for an H100 at 745 TF/s and 3.0 TB/s, not measured (bf16, N=8192, H=4096, V=131072; a bare product takes 11.8 ms):
-    forward alone                  13.2 ms    89% of the product's speed: 1.4 ms to read the fp32 logits for their statistics
-    backward from recomputed logits  52 ms    with the forward
-Column tiles that stay in the 50 MB L2 cache, with partial statistics joined afterwards, would save up to 0.6 ms of the former,
-writing the gradient over the fp32 row it comes from (1024 rows a chunk, not 512) some sweeps over weight's gradient.
+    forward alone                 13.2 ms    89% of the product's speed: 1.4 ms to read the fp32 logits for their statistics
+    forward and backward            52 ms    which makes the logits again: the products alone 47
+Column tiles that stay in the 50 MB L2 cache, with partial statistics joined afterwards, would save up to 0.6 ms of the former.
+For gradients made in the forward, a narrow gradient written over the fp32 row it comes from would double the chunks, so that
+weight is read half as often; no more rows would wait for one product (see HELD_CHUNKS), and row kernels would need a barrier.
 """
 
 from collections.abc import Iterator

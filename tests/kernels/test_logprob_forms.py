@@ -145,12 +145,12 @@ def test_triton(interpreted, dtype):
 
 @pytest.fixture
 def narrow_products(monkeypatch):
-    """What CUDA has and a CPU lacks: products that read bf16 or fp16 and write fp32. Chunks of 16 rows, 48 rows wait."""
+    """What CUDA has and a CPU lacks: products that read bf16 or fp16 and write fp32. Chunks of 16 rows, 32 rows wait."""
     monkeypatch.setattr(products, "multiplies_narrow", lambda hidden, weight: hidden.dtype == weight.dtype != torch.float32)
     multiply, add_product_ = products.multiply, products.add_product_
     monkeypatch.setattr(products, "multiply", lambda a, b, out: multiply(a.float(), b.float(), out))
     monkeypatch.setattr(products, "add_product_", lambda total, a, b: add_product_(total, a.float(), b.float()))
-    monkeypatch.setitem(lm_head.BUFFER_BYTES, "cpu", 300 * 16 * 10)
+    monkeypatch.setitem(lm_head.BUFFER_BYTES, "cpu", 300 * 16 * (4 + 2 * lm_head.HELD_CHUNKS))
     monkeypatch.setitem(lm_head.TILE_ROWS, "cpu", 32)
 
 
@@ -174,6 +174,7 @@ def test_narrow_products(narrow_products, dtype, num_rows, ignored):
         statistics = head.statistics(logits, rows)
         dz = head.gradient_(logits, rows, statistics, *upstream[:, rows])
         assert dz.dtype == dtype
+        assert dz.untyped_storage().nbytes() == 300 * 2 * min(32, num_rows), "no more than there are rows"
         widths.append(len(dz))
         fused.add(rows, dz)
     assert len(widths) == -(-int((targets != IGNORE).sum()) // 16)
