@@ -197,6 +197,7 @@ def _run(
         losses.append(loss)
         metrics.append(chunk_metrics)
         num_done += len(logprob_n)
+    del logits_nV  # the buffer is free for what finish() takes
     joined = combine_metrics(metrics)
     if statistics is not None:
         joined[SEQUENCES] = (statistics[:, 0] > 0).sum()  # a chunk's count would have those that go on in the next one twice
