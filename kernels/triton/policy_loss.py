@@ -17,6 +17,7 @@ from .ahead_of_time import BOOL, FP32, INT64, AotCase
 from .elementary import clamp, exp_minus_linear, from_order_key, order_key
 from .loss_shares import (
     CLIP_LOW,
+    GROUPS,
     LOSS,
     MAXIMA,
     MINIMA,
@@ -40,7 +41,7 @@ from .policy_terms import (
     vespo_phi,
 )
 from .sequence_sums import ALIGNMENT, count, inside_mask, read_sums, sum_sequence, trainable
-from .tickets import takes_last_ticket, ticket_counter
+from .tickets import ticket_counter
 
 WIDTH = tl.constexpr(4)
 """Tokens that a thread loads at once: 16 bytes of fp32."""
@@ -62,10 +63,11 @@ def clear(slopes_ptr, first_token, num_tokens, step, local):
         tl.store(slopes_ptr + first + local, tl.zeros_like(local).to(tl.float32), mask=first + local < num_tokens)
 
 
-@triton.jit
+# num_tokens stays specialised: its multiples of 16 take loads of 16 bytes under a mask, and there are but two kinds.
+@triton.jit(do_not_specialize=["num_sequences"])
 def policy_loss_kernel(
     logprob_ptr, old_ptr, advantages_ptr, mask_ptr, ref_ptr, rollout_ptr, entropy_ptr, cu_seqlens_ptr, statistics_ptr,
-    denominator_ptr, loss_ptr, metrics_ptr, d_logprob_ptr, d_entropy_ptr, shares_ptr, counter_ptr,
+    denominator_ptr, loss_ptr, metrics_ptr, d_logprob_ptr, d_entropy_ptr, shares_ptr, counters_ptr,
     num_tokens, num_sequences,
     ratio_low, ratio_high, ratio_cap, sapo_tau_positive, sapo_tau_negative, vespo_k_positive, vespo_lambda_positive,
     vespo_k_negative, vespo_lambda_negative, kl_coef, entropy_coef, correction_low, correction_high, opsm_delta,
@@ -219,8 +221,8 @@ def policy_loss_kernel(
     tl.store(row + MINIMA + two, -from_order_key(tl.max(minima, 0)))
     tl.store(row + MAXIMA + four, from_order_key(tl.max(maxima, 0)))
     num_programs = tl.num_programs(0) * tl.num_programs(1)
-    if takes_last_ticket(counter_ptr, num_programs):
-        add_shares(shares_ptr, loss_ptr, metrics_ptr, num_programs)
+    program = sequence * tl.num_programs(1) + chunk
+    add_shares(shares_ptr, counters_ptr, loss_ptr, metrics_ptr, program, num_programs)
 
 
 def choices(code: LossCode) -> dict[str, str | bool]:
@@ -268,7 +270,7 @@ def policy_loss(
     shares = torch.empty(*grid, len(METRIC_FIELDS), dtype=torch.float32, device=device)
     policy_loss_kernel[grid](
         logprob_T, old_T, advantages_T, mask_T, ref_T, rollout_T, entropy_T, cu_seqlens, sequence_stats, denominator,
-        loss, metrics, d_logprob, d_entropy, shares, ticket_counter(device), num_tokens, num_sequences,
+        loss, metrics, d_logprob, d_entropy, shares, ticket_counter(device, 1 + GROUPS.value), num_tokens, num_sequences,
         *map(float, code.numbers), **choices(code), LANES=LANES, num_warps=NUM_WARPS,
     )  # fmt: skip
     return loss, metrics, d_logprob, d_entropy
@@ -281,7 +283,7 @@ def aot_cases() -> list[AotCase]:
     absent = dict.fromkeys(("ref_ptr", "rollout_ptr", "entropy_ptr", "cu_seqlens_ptr", "statistics_ptr", "d_entropy_ptr"))
     sizes = {"num_tokens": "i32:16", "num_sequences": "i32", "LANES": LANES}
     numbers = dict.fromkeys(LossCode._fields[NUM_CHOICES:], "fp32")
-    shared = {**given, **absent, **sizes, **numbers, "mask_ptr": BOOL, "counter_ptr": "*i32:16"}
+    shared = {**given, **absent, **sizes, **numbers, "mask_ptr": BOOL, "counters_ptr": "*i32:16"}
     packed = {"cu_seqlens_ptr": INT64}
     with_rollout = {**packed, "rollout_ptr": FP32}
     everything = {**with_rollout, "ref_ptr": FP32, "entropy_ptr": FP32, "d_entropy_ptr": FP32}
@@ -298,7 +300,7 @@ def aot_cases() -> list[AotCase]:
         (LossSpec(policy="sapo", log_ratio_limit=20.0), packed),
         (LossSpec(policy="vespo", correction="tis", entropy_coef=0.1), everything),
         (LossSpec(policy="reinforce", aggregation="constant"), {"old_ptr": None}),
-        (LossSpec(policy="reinforce"), {**packed, "num_tokens": 1, "num_sequences": 1}),  # Triton compiles a 1 into the kernel
+        (LossSpec(policy="reinforce"), {**packed, "num_tokens": 1}),  # Triton compiles a 1 into the kernel
     ]  # fmt: skip
     return [
         AotCase(policy_loss_kernel, {**shared, **choices(encode(spec)), **tensors}, NUM_WARPS,

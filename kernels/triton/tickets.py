@@ -10,7 +10,7 @@ from ..launch_memory import zeroed_memory
 
 @triton.jit
 def takes_last_ticket(counter_ptr, num_programs):
-    """True in one program of the launch, the last to call: there, all that the others stored before is visible.
+    """True in one of the num_programs programs that call, the last: there, all that the others stored before is visible.
 
     counter_ptr: of `ticket_counter`, 0 again afterwards.
     """
@@ -22,6 +22,6 @@ def takes_last_ticket(counter_ptr, num_programs):
     return last
 
 
-def ticket_counter(device: torch.device) -> Tensor:
-    """int32 [1] that holds 0 whenever a kernel of the current stream starts."""
-    return zeroed_memory("tickets", 4, device).view(torch.int32)
+def ticket_counter(device: torch.device, count: int = 1) -> Tensor:
+    """int32 [count] that hold 0 whenever a kernel of the current stream starts."""
+    return zeroed_memory("tickets", 4 * count, device).view(torch.int32)

@@ -132,6 +132,11 @@ def test_shapes(run, lengths, padding):
     check(run, LossSpec(policy="gspo", entropy_coef=0.1), Batch(lengths, padding))
 
 
+def test_programs_join_in_groups(run):
+    """Two groups of programs, the second incomplete, which the last of all joins."""
+    check(run, LossSpec(), Batch([1, 0] * 65, padding=3))
+
+
 def test_given_less(run):
     """Old log-probs, reference, rollout, entropy and boundaries are each left out."""
     check(run, LossSpec(), Batch(LENGTHS).without("old", "ref", "rollout", "entropy"))
