@@ -132,6 +132,7 @@ def test_shapes(run, lengths, padding):
     check(run, LossSpec(policy="gspo", entropy_coef=0.1), Batch(lengths, padding))
 
 
+@pytest.mark.slow
 def test_programs_join_in_groups(run):
     """Two groups of programs, the second incomplete, which the last of all joins."""
     check(run, LossSpec(), Batch([1, 0] * 65, padding=3))
