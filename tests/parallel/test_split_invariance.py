@@ -59,11 +59,21 @@ def train(mesh, make_policy, make_rollout, settings, shuffle=None):
     return metrics, {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
+SINGLE_TOKENS = {"ratio/min", "ratio/max"}
+"""Metrics that are one token's e^(lp - old), not a mean. Parameters that agree to 3e-8 of their norm give single log-probs that
+differ by 3e-6 in fp64 (seen after three steps of `dapo`: Adam divides small gradients by their own size, so their rounding
+moves parameters), once in lp and once in old, and both are rounded to fp32. 1.0e-5 was seen; what is promised to 1e-5 is the
+loss, the gradient norm and the parameters."""
+
+
 def assert_same(actual, expected, tolerance: float = 1e-5) -> None:
     for step, (mine, other) in enumerate(zip(actual[0], expected[0], strict=True), 1):
         assert mine.keys() == other.keys()
         # On the policy, the loss of r1 is -mean(A), 0 but for rounding: hence the absolute part.
-        assert mine == pytest.approx(other, rel=tolerance, abs=1e-6), f"step {step}"
+        for name in SINGLE_TOKENS:
+            assert mine[name] == pytest.approx(other[name], rel=3 * tolerance), f"step {step}"
+        means, others = ({name: m[name] for name in m.keys() - SINGLE_TOKENS} for m in (mine, other))
+        assert means == pytest.approx(others, rel=tolerance, abs=1e-6), f"step {step}"
         assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=tolerance)
     for name, value in expected[1].items():
         assert (actual[1][name] - value).norm() <= tolerance * value.norm(), name
