@@ -94,25 +94,27 @@ fi
 [ -n "$why" ] || why=$(missing "$python" torch numpy setuptools pip)
 if [ -n "$why" ]; then
     for name in build "tests of the kernels" "tests of the engine" benchmarks "GRPO steps"; do skip "$name" "$why"; done
-elif ! part build 90 bash -c build; then
+elif ! part build 80 bash -c build; then
     for name in "tests of the kernels" "tests of the engine" benchmarks "GRPO steps"; do skip "$name" "the build failed"; done
 else
     venv=$scratch/venv/bin/python
     # pytest's start file is called, not `python -m pytest`: the latter puts the repository's root on the path.
     run_pytest=("$venv" -c 'import sys, pytest; sys.path[:] = [p for p in sys.path if p]; sys.exit(pytest.main())')
     run_pytest+=(-m gpu -q -p no:cacheprovider --durations=5)
+    [ -n "$(missing "$venv" xdist)" ] || run_pytest+=(-n 4)  # compiling and fp64 on the host take longer than the GPU
     why=$(missing "$venv" pytest hypothesis)
     if [ -n "$why" ]; then skip "tests of the kernels" "$why"; else
-        part "tests of the kernels" 110 "${run_pytest[@]}" tests/kernels tests/gpu/kernels
+        mapfile -t files < <(grep -rlE --include='test_*.py' 'mark\.gpu' tests/kernels)
+        part "tests of the kernels" 110 "${run_pytest[@]}" "${files[@]}" tests/gpu/kernels
     fi
     engine=(pytest tyro rich transformers tokenizers safetensors filelock tensorboard matplotlib pynvml gguf)
     why=$(missing "$venv" "${engine[@]}")
     if [ -n "$why" ]; then skip "tests of the engine" "$why"; else
-        part "tests of the engine" 60 "${run_pytest[@]}" tests/gpu/engine tests/parallel
+        part "tests of the engine" 55 "${run_pytest[@]}" tests/gpu/engine tests/parallel
     fi
-    part benchmarks 140 "$venv" benchmarks/kernel_library.py --quick --out "$results"
+    part benchmarks 130 "$venv" benchmarks/kernel_library.py --quick --out "$results"
     if [ -n "$why" ]; then skip "GRPO steps" "$why"; else
-        part "GRPO steps" 70 "$venv" benchmarks/grpo_step.py --quick --scratch "$scratch" --out "$results"
+        part "GRPO steps" 65 "$venv" benchmarks/grpo_step.py --quick --scratch "$scratch" --out "$results"
     fi
 fi
 

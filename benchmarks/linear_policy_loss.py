@@ -4,7 +4,7 @@
 
 With an entropy bonus (every form that knows the entropy), and without (Liger's fused GRPO has none). Every token is trained
 on: masked ones, which ours leaves out of the products, would be a head start. "the three bare products" are logits, d_hidden
-and d_weight, each in one piece, with nothing between them.
+and d_weight (on a GPU in fp32, as ours is summed), each in one piece, with nothing between them.
 """
 
 import math
@@ -34,7 +34,8 @@ def eager_logprob_alone(hidden_NH, weight_VH, targets_N):
 
 def bare_products(hidden_NH, weight_VH):
     logits_NV = hidden_NH @ weight_VH.T
-    return {"three, d_hidden": logits_NV @ weight_VH, "three, d_weight": logits_NV.T @ hidden_NH}
+    wide = {"out_dtype": torch.float32} if logits_NV.is_cuda else {}
+    return {"three, d_hidden": logits_NV @ weight_VH, "three, d_weight": torch.mm(logits_NV.T, hidden_NH, **wide)}
 
 
 def comparisons(device: torch.device, quick: bool) -> list[Comparison]:

@@ -11,6 +11,10 @@ from torch import Tensor
 LEAST_ROUNDS, MOST_ROUNDS = 3, 500
 L2_BYTES = 256 * 2**20
 """More than any GPU's last-level cache: zeroing so much before a call leaves nothing of its inputs there."""
+CYCLES_A_SECOND = 2e9
+"""No GPU here runs faster, so that a wait counted in cycles is never too short."""
+LONGEST_WAIT = 0.02
+"""Seconds; a call that waits for the GPU itself would otherwise be waited for twice."""
 
 Outputs = dict[str, Tensor]
 
@@ -100,13 +104,19 @@ def _cpu_clock(candidate: Candidate) -> float:
 def _cuda_clock(device: torch.device) -> Callable[[Candidate], float]:
     scratch = torch.empty(L2_BYTES, dtype=torch.uint8, device=device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    queueing: dict[int, float] = {}  # seconds that the host took for a candidate's last call
 
     def clock(candidate: Candidate) -> float:
         if candidate.before is not None:
             candidate.before()
-        scratch.zero_()  # 0.1 ms in which the host queues the call, so that its launches are not what is measured
+        scratch.zero_()
+        # The GPU idles until the host has queued the whole call, so that the host's time is not what is measured.
+        wait = min(2 * queueing.get(id(candidate), 1e-3), LONGEST_WAIT)
+        torch.cuda._sleep(int(wait * CYCLES_A_SECOND))
         start.record()
+        began = time.perf_counter()
         candidate.run()
+        queueing[id(candidate)] = time.perf_counter() - began
         end.record()
         end.synchronize()
         return start.elapsed_time(end)
