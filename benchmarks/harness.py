@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "triton", "transformers", "numpy")
+PACKAGES = ("torch", "triton", "transformers", "numpy", "trl", "liger_kernel")
 
 
 def machine() -> dict[str, str]:
@@ -31,8 +31,9 @@ def machine() -> dict[str, str]:
             versions[package] = version(package)
         except ImportError:  # an optional package that isn't installed
             continue
+    threads = [f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}"] if "OMP_NUM_THREADS" in os.environ else []
     return {"device": device, "date": f"{date.today()}", "python": platform.python_version(), **versions,
-            "command": shlex.join(["python", *sys.argv])}  # fmt: skip
+            "command": shlex.join([*threads, "python", *sys.argv])}  # fmt: skip
 
 
 def write_results(name: str, title: str, table: str, data: Mapping[str, Any], folder: Path = RESULTS) -> Path:
