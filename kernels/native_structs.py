@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .loss_code import NUM_CHOICES, LossCode
+from .metrics import METRIC_FIELDS
 from .specs import AdvantageSpec, Baseline, Scale
 
 TYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -95,7 +96,7 @@ def loss_tokens(
     sequence_stats: Tensor | None,
     denominator: Tensor,
 ) -> LossTokens:
-    """Every tensor is contiguous, in the dtype that strop_loss_tokens names."""
+    """Every tensor is contiguous: fp32 [T], mask bool [T], cu_seqlens int64 [S + 1], sequence_stats fp32 [S, 6]."""
     given = {
         "logprob": logprob_T, "old_logprob": old_T, "advantages": advantages_T, "ref_logprob": ref_T,
         "rollout_logprob": rollout_T, "entropy": entropy_T, "mask": mask_T, "cu_seqlens": cu_seqlens,
@@ -108,6 +109,12 @@ def loss_tokens(
     )
     tokens.tensors = tuple(given.values())
     return tokens
+
+
+def loss_results(code: LossCode, logprob_T: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Uninitialised (loss, metrics, d_logprob_T, d_entropy_T); the last is None where code.entropy_coef is 0."""
+    d_entropy_T = torch.empty_like(logprob_T) if code.entropy_coef else None
+    return logprob_T.new_empty(()), logprob_T.new_empty(len(METRIC_FIELDS)), torch.empty_like(logprob_T), d_entropy_T
 
 
 def advantage_options(spec: AdvantageSpec) -> tuple[ctypes._SimpleCData, ...]:

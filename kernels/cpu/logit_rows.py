@@ -1,4 +1,7 @@
-"""The row kernels of csrc/cpu/logit_rows.cpp."""
+"""The row kernels of csrc/cpu/logit_rows.cpp; kernels/reference/logit_rows.py says what they are.
+
+`shape`: the options of `native_structs.logit_rows`.
+"""
 
 import ctypes
 
@@ -10,23 +13,9 @@ from . import call_parallel
 
 
 def logit_statistics(
-    logits_NV: Tensor,
-    targets_N: Tensor,
-    *,
-    inverse_temperature: float | Tensor,
-    softcap: float | None,
-    bias_V: Tensor | None,
-    keep_mask_NV: Tensor | None,
-    partial: bool,
+    logits_NV: Tensor, targets_N: Tensor, *, partial: bool, **shape: float | Tensor | None
 ) -> Tensor:
-    rows = logit_rows(
-        logits_NV,
-        targets_N,
-        inverse_temperature=inverse_temperature,
-        softcap=softcap,
-        bias_V=bias_V,
-        keep_mask_NV=keep_mask_NV,
-    )
+    rows = logit_rows(logits_NV, targets_N, **shape)
     statistics = torch.empty(5 if partial else 3, len(logits_NV), dtype=torch.float32)
     call_parallel("logit_statistics", ctypes.byref(rows), ctypes.c_int(partial), address(statistics))
     return statistics
@@ -40,20 +29,10 @@ def logit_gradient(
     h_N: Tensor | None,
     k_N: Tensor | None,
     *,
-    inverse_temperature: float | Tensor,
-    softcap: float | None,
-    bias_V: Tensor | None,
-    keep_mask_NV: Tensor | None,
     out_NV: Tensor,
+    **shape: float | Tensor | None,
 ) -> None:
-    rows = logit_rows(
-        logits_NV,
-        targets_N,
-        inverse_temperature=inverse_temperature,
-        softcap=softcap,
-        bias_V=bias_V,
-        keep_mask_NV=keep_mask_NV,
-    )
+    rows = logit_rows(logits_NV, targets_N, **shape)
     statistics_3N = statistics_3N.contiguous()
     first, field_bytes = statistics_3N.data_ptr(), statistics_3N.element_size() * len(targets_N)
     upstream = [None if gradient is None else gradient.contiguous() for gradient in (g_N, h_N, k_N)]

@@ -8,37 +8,17 @@ from torch import Tensor
 from .. import native
 from ..launch_memory import zeroed_memory
 from ..loss_code import LossCode
-from ..metrics import METRIC_FIELDS
-from ..native_structs import FlatLossCode, address, loss_tokens
+from ..native_structs import FlatLossCode, address, loss_results, loss_tokens
 
 
-def policy_loss(
-    code: LossCode,
-    logprob_T: Tensor,
-    old_T: Tensor | None,
-    advantages_T: Tensor,
-    mask_T: Tensor,
-    ref_T: Tensor | None,
-    rollout_T: Tensor | None,
-    entropy_T: Tensor | None,
-    cu_seqlens: Tensor | None,
-    sequence_stats: Tensor | None,
-    denominator: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(loss, metrics, d_logprob_T, d_entropy_T); d_entropy_T is None where code.entropy_coef is 0.
-
-    Token tensors fp32 and mask bool [T], cu_seqlens int64 [S + 1] ascending from 0, sequence_stats fp32 [S, 6]: contiguous.
-    """
-    tokens = loss_tokens(
-        logprob_T, old_T, advantages_T, mask_T, ref_T, rollout_T, entropy_T, cu_seqlens, sequence_stats, denominator
-    )
-    loss, metrics = logprob_T.new_empty(()), logprob_T.new_empty(len(METRIC_FIELDS))
-    d_logprob_T = torch.empty_like(logprob_T)
-    d_entropy_T = torch.empty_like(logprob_T) if code.entropy_coef else None
+def policy_loss(code: LossCode, logprob_T: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """`loss_results` of the tensors that `loss_tokens` takes; cu_seqlens ascending from 0."""
+    tokens = loss_tokens(logprob_T, *others)
+    results = loss_results(code, logprob_T)
     scratch = workspace(logprob_T.device, tokens.num_tokens, tokens.num_sequences)
-    outputs = map(address, (loss, metrics, d_logprob_T, d_entropy_T, scratch))
+    outputs = map(address, (*results, scratch))
     native.launch("policy_loss", logprob_T.device, ctypes.byref(tokens), ctypes.byref(FlatLossCode(*code)), *outputs)
-    return loss, metrics, d_logprob_T, d_entropy_T
+    return results
 
 
 def workspace(device: torch.device, num_tokens: int, num_sequences: int) -> Tensor:
