@@ -3,8 +3,9 @@
 // Both kernels read every logit once and are limited by that: 2 bytes a bf16 logit forward, 4 with the gradient in place. A row
 // belongs to a block of 256 threads, a short one to a warp. Each thread has kUnroll 16-byte loads in flight; at 4 blocks an SM
 // (64 registers a thread) that is 64 KB, three times what 3 TB/s over 132 SMs need to cover 0.8 us of latency (18 KB). So there
-// is no staging through shared memory or the bulk copy engine. The arithmetic is 11 instructions a bf16 logit (counted
-// in the machine code); at 3 TB/s an SM has time for 19. Bias, softcap and mask have kernels of their own.
+// is no staging through shared memory or the bulk copy engine. At 3 TB/s an SM has time for 19 instructions
+// a bf16 logit, more than the arithmetic takes (an earlier form of it was counted at 11). Bias, softcap and mask have kernels
+// of their own.
 #include "logit_row.h"
 
 #include <climits>
