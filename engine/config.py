@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-PipelineSchedule = Literal["1f1b", "interleaved", "zero-bubble", "dualpipev"]
+PipelineSchedule = Literal["1f1b", "interleaved", "zero-bubble", "dualpipe", "dualpipev"]
 ContextParallelKind = Literal["ring", "ulysses"]
 Placement = Literal["colocated", "split"]
 Precision = Literal["fp32", "bf16"]
@@ -53,8 +53,7 @@ class Layout:
     def resolve(self, world_size: int) -> "Layout":
         """The same layout with dp filled in for `world_size` ranks.
 
-        Raises InputError where a degree is below 1, the ranks don't divide, settings contradict each other, or a
-        choice has no implementation yet (it is never ignored silently).
+        Raises InputError where a degree is below 1, the ranks don't divide, or settings contradict each other.
         """
         for name in ("tp", "cp", "pp", "vpp", "ep", "etp"):
             if getattr(self, name) < 1:
@@ -63,7 +62,6 @@ class Layout:
             raise InputError("--layout.sp needs --layout.tp of at least 2: it splits tokens over the tensor-parallel ranks")
         if self.vpp > 1 and self.pp == 1:
             raise InputError(f"--layout.vpp {self.vpp} needs --layout.pp of at least 2: it cuts a pipeline rank's layers")
-        self._require_implemented()
         model_ranks = self.tp * self.cp * self.pp
         if world_size % model_ranks:
             raise InputError(
@@ -78,8 +76,11 @@ class Layout:
             raise InputError(f"ep {self.ep} x etp {self.etp} doesn't divide dp x cp x tp = {dp * self.cp * self.tp}")
         return replace(self, dp=dp)
 
-    def _require_implemented(self) -> None:
-        """Only data parallelism runs today; every other degree is refused by name."""
+    def require_implemented(self) -> None:
+        """Only data parallelism runs today: raises InputError for every other degree by name (none is ignored silently).
+
+        The planner predicts all of them, so this is apart from `resolve`.
+        """
         waiting = {"tp": self.tp, "cp": self.cp, "pp": self.pp, "vpp": self.vpp, "ep": self.ep, "etp": self.etp}
         for name, degree in waiting.items():
             if degree != 1:

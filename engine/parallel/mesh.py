@@ -70,6 +70,7 @@ class Mesh:
         incomplete environment, and ranks that don't find each other within two minutes.
         """
         rank, world_size, local_rank = _read_environment()
+        layout.require_implemented()
         layout = layout.resolve(world_size)
         torch_device = _pick_device(device, local_rank)
         timeout = timedelta(seconds=timeout_seconds)

@@ -1,0 +1,177 @@
+"""What a prediction needs to know: `PlannedRun`, a model on a number of GPUs with a layout, a training and a rollout part."""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from ..config import InputError, Layout, Placement
+from .shape import ModelShape
+
+TrainingPrecision = Literal["fp32", "bf16", "fp8-tensorwise", "fp8-blockwise"]
+RecomputePart = Literal["norms", "activation", "mla_up_projection", "core_attention", "dense_mlp", "experts", "layer"]
+SELECTIVE: tuple[RecomputePart, ...] = ("norms", "activation", "mla_up_projection")
+Dispatcher = Literal["alltoall", "deepep", "hybridep"]
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """One optimizer step of training."""
+
+    sequence_length_tokens: int = 4096
+    """Tokens of a (packed) sequence."""
+    global_batch_sequences: int = 256
+    """Sequences an optimizer step, over all data-parallel replicas."""
+    micro_batch_sequences: int = 1
+    """Sequences a forward pass of one replica."""
+    precision: TrainingPrecision = "bf16"
+    """Of the matrix products of layers. fp8-tensorwise: one scale a tensor (Transformer Engine's current scaling);
+    fp8-blockwise: 1x128 activations and 128x128 weights (DeepSeek-V3)."""
+    recompute: tuple[RecomputePart, ...] = ()
+    """What the backward pass computes again instead of keeping: () nothing, ("layer",) everything but the layers' inputs."""
+    weights_dtype_bytes: int = 2
+    gradient_dtype_bytes: int = 4
+    """4: fp32 main gradients; 2: bf16."""
+    moment_dtype_bytes: int = 4
+    """Of each of Adam's two moments; 2: bf16 (DeepSeek-V3). Master weights are fp32."""
+    fsdp: bool = False
+    """Weights and gradients are sharded over the data-parallel ranks too (ZeRO-3) instead of the optimizer's states alone
+    (ZeRO-1)."""
+    offload_optimizer: bool = False
+    """Optimizer states live in the host's memory and the CPU updates the weights."""
+    logits: Literal["fused", "materialized"] = "fused"
+    """fused: the head's logits exist a chunk at a time (strop.kernels); materialized: as fp32 with their gradient (Megatron)."""
+    dispatcher: Dispatcher = "deepep"
+    """How tokens reach their experts: NCCL all-to-all of every copy, or DeepEP / HybridEP, which send a token to a node once."""
+    expert_imbalance: float = 1.0
+    """Tokens of the busiest expert-parallel rank over the mean; 1 is forced balance."""
+    overlap_expert: bool = False
+    """Dispatch and combine of one micro-batch run beside the computation of another (1F1B overlap, DualPipe)."""
+    overlap_tensor: bool = True
+    """Tensor-parallel collectives run beside pieces of the product that needs them."""
+    overlap_data: bool = True
+    """Gradient reduce-scatter and parameter all-gather run beside the first and last micro-batches."""
+    compiled: bool = True
+    """Element-wise operations are fused (Transformer Engine, torch.compile, own kernels) instead of eager, one by one."""
+    cuda_graphs: bool = False
+    """No CPU time between kernels."""
+
+
+@dataclass(frozen=True)
+class RolloutPlan:
+    """Generation of one GRPO step's samples."""
+
+    prompts_per_step: int = 64
+    group_size: int = 16
+    prompt_tokens: float = 256.0
+    """Mean length of a prompt, in tokens."""
+    mean_response_tokens: float = 1024.0
+    max_response_tokens: int = 4096
+    """Where a response is cut."""
+    response_spread: float = 0.8
+    """Standard deviation of the logarithm of response lengths before the cut (lognormal)."""
+    gpus: int = 0
+    """Split placement: the GPUs that only generate; 0 with colocated placement (all of them take turns)."""
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    """Expert-parallel GPUs of one engine; data-parallel attention where it exceeds tp."""
+    weights_dtype_bytes: float = 2
+    """1 for FP8 weights."""
+    kv_dtype_bytes: int = 2
+    memory_fraction: float = 0.8
+    """Share of a GPU's memory that weights and KV cache may take while generating."""
+    max_sequences: int = 1024
+    """Most sequences that one engine decodes at once."""
+    speculative_tokens: float = 1.0
+    """Tokens accepted a decoding step; 1 without speculation."""
+    steps_ahead: int = 0
+    """Steps of staleness: 0 generates and trains in turn; k > 0 (split only) trains on samples up to k versions old."""
+    reward_seconds: float = 0.0
+    """Time of scoring that does not run beside generation, a step."""
+    train_epochs: int = 1
+    reference: bool = True
+    """A reference model's log-probs are computed (KL term)."""
+    old_logprobs: bool = True
+    """The policy's log-probs are recomputed by the trainer before training on them."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one pipeline rank holds. With vpp > 1 or a V schedule its layers are not contiguous."""
+
+    index: int
+    layers: tuple[int, ...]
+    """Indices of its layers; num_layers and above are MTP modules."""
+    has_embedding: bool
+    has_head: bool
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run to be predicted. Made once, checked by `engine.plan.search.check`; never changed."""
+
+    shape: ModelShape
+    gpus: int
+    """All of them, training and rollout."""
+    device: str = "h100"
+    """A name of engine.plan.devices.DEVICES."""
+    layout: Layout = field(default_factory=Layout)
+    """Of training; dp is filled in."""
+    stage_layers: tuple[int, ...] = ()
+    """Layers of each pipeline rank, first to last; () divides them evenly, the first ranks taking one more."""
+    training: TrainingPlan = field(default_factory=TrainingPlan)
+    rollout: RolloutPlan | None = None
+    """None: training alone."""
+    placement: Placement = "colocated"
+    steps: int = 1
+    """Optimizer steps (rollout None) or GRPO steps of the whole run, for GPU-hours and energy."""
+
+    @staticmethod
+    def of(shape: ModelShape, gpus: int, **settings) -> "PlannedRun":
+        """A run with its layout resolved to the training GPUs.
+
+        Raises InputError where the layout doesn't fit the GPUs (`Layout.resolve`).
+        """
+        run = PlannedRun(shape, gpus, **settings)
+        return replace(run, layout=run.layout.resolve(run.training_gpus))
+
+    @property
+    def training_gpus(self) -> int:
+        split = self.placement == "split" and self.rollout is not None
+        return self.gpus - self.rollout.gpus if split else self.gpus
+
+    @property
+    def rollout_gpus(self) -> int:
+        """GPUs that generate; 0 for training alone."""
+        if self.rollout is None:
+            return 0
+        return self.rollout.gpus if self.placement == "split" else self.gpus
+
+    @property
+    def edp(self) -> int:
+        """Replicas of an expert."""
+        layout = self.layout
+        return layout.dp * layout.cp * layout.tp // (layout.ep * layout.etp)
+
+    @property
+    def microbatches(self) -> int:
+        """Forward passes of one replica an optimizer step."""
+        return self.training.global_batch_sequences // (self.layout.dp * self.training.micro_batch_sequences)
+
+    @property
+    def microbatch_tokens(self) -> int:
+        """Tokens of a micro-batch on one context-parallel rank (tensor-parallel ranks share them)."""
+        return self.training.micro_batch_sequences * self.training.sequence_length_tokens // self.layout.cp
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of an optimizer step over all replicas."""
+        return self.training.global_batch_sequences * self.training.sequence_length_tokens
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The pipeline ranks, first to last.
+
+        Interleaved: rank r holds chunks r, r + pp, ... of pp x vpp. DualPipe: rank r also holds stage pp-1-r (both
+        directions). DualPipeV: rank r holds chunks r and 2 pp - 1 - r, so the first rank has embedding and head.
+        MTP modules follow the last layer.
+        """
+        raise NotImplementedError
