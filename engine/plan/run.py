@@ -1,9 +1,10 @@
 """What a prediction needs to know: `PlannedRun`, a model on a number of GPUs with a layout, a training and a rollout part."""
 
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Literal
 
-from ..config import InputError, Layout, Placement
+from ..config import Layout, Placement
 from .shape import ModelShape
 
 TrainingPrecision = Literal["fp32", "bf16", "fp8-tensorwise", "fp8-blockwise"]
@@ -38,9 +39,9 @@ class TrainingPlan:
     offload_optimizer: bool = False
     """Optimizer states live in the host's memory and the CPU updates the weights."""
     logits: Literal["fused", "materialized"] = "fused"
-    """fused: the head's logits exist a chunk at a time (strop.kernels); materialized: as fp32 with their gradient (Megatron)."""
+    """fused: the head's logits exist a chunk at a time (strop.kernels); materialized: all, as fp32 with gradient (Megatron)."""
     dispatcher: Dispatcher = "deepep"
-    """How tokens reach their experts: NCCL all-to-all of every copy, or DeepEP / HybridEP, which send a token to a node once."""
+    """How tokens reach their experts: NCCL's all-to-all of every copy, or DeepEP / HybridEP: a token goes to a node once."""
     expert_imbalance: float = 1.0
     """Tokens of the busiest expert-parallel rank over the mean; 1 is forced balance."""
     overlap_expert: bool = False
@@ -96,13 +97,16 @@ class RolloutPlan:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one pipeline rank holds. With vpp > 1 or a V schedule its layers are not contiguous."""
+    """What one pipeline rank holds. With vpp > 1, DualPipe and DualPipeV its layers are not contiguous."""
 
     index: int
     layers: tuple[int, ...]
-    """Indices of its layers; num_layers and above are MTP modules."""
+    """Indices of its layers in the order of its chunks; num_layers and above are MTP modules. With DualPipe every layer is on
+    two ranks."""
     has_embedding: bool
+    """It holds the embedding: for the model's input, or for that of MTP modules (which share it with the first stage)."""
     has_head: bool
+    """It holds the head. A tied head off the embedding's rank is a copy of it, to be kept equal."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,34 @@ class PlannedRun:
 
         Interleaved: rank r holds chunks r, r + pp, ... of pp x vpp. DualPipe: rank r also holds stage pp-1-r (both
         directions). DualPipeV: rank r holds chunks r and 2 pp - 1 - r, so the first rank has embedding and head.
-        MTP modules follow the last layer.
+        MTP modules follow the last layer. A rank's layers are divided evenly over its chunks, the first taking one more.
         """
-        raise NotImplementedError
+        pp, shape, ranks_of_chunk = self.layout.pp, self.shape, self._ranks_of_chunk()
+        last_chunk = len(ranks_of_chunk) - 1
+        chunks_per_rank = sum(ranks[0] == 0 for ranks in ranks_of_chunk)
+        sizes = [list(even_split(n, chunks_per_rank)) for n in self.stage_layers or even_split(shape.num_layers, pp)]
+        ends = list(accumulate((sizes[ranks[0]].pop(0) for ranks in ranks_of_chunk), initial=0))
+        ends[-1] += shape.num_mtp_layers
+        stages = []
+        for rank in range(pp):
+            held = [chunk for chunk, ranks in enumerate(ranks_of_chunk) if rank in ranks]
+            layers = tuple(layer for chunk in held for layer in range(ends[chunk], ends[chunk + 1]))
+            has_head = last_chunk in held
+            stages.append(Stage(rank, layers, 0 in held or (has_head and shape.num_mtp_layers > 0), has_head))
+        return tuple(stages)
+
+    def _ranks_of_chunk(self) -> list[tuple[int, ...]]:
+        """For each chunk of consecutive layers, first to last, the pipeline ranks that hold it."""
+        pp = self.layout.pp
+        if self.layout.schedule == "interleaved":
+            return [(chunk % pp,) for chunk in range(pp * self.layout.vpp)]
+        if self.layout.schedule == "dualpipev" and pp > 1:
+            return [(rank,) for rank in (*range(pp), *reversed(range(pp)))]
+        if self.layout.schedule == "dualpipe" and pp > 1:
+            return [(rank, pp - 1 - rank) for rank in range(pp)]
+        return [(rank,) for rank in range(pp)]
+
+
+def even_split(count: int, parts: int) -> tuple[int, ...]:
+    """`count` things in `parts` parts, the first ones taking one more where it doesn't divide."""
+    return tuple(count // parts + (part < count % parts) for part in range(parts))

@@ -69,7 +69,7 @@ class ModelShape:
     attention_sinks: bool = False
     """One learned logit a head (gpt-oss)."""
     sliding_window_tokens: int = 0
-    """Every second layer attends to this many tokens only (gpt-oss); 0: all layers attend to all."""
+    """Every second layer, from the first on, attends to this many tokens only (gpt-oss); 0: all layers attend to all."""
     mla: MlaShape | None = None
     moe: MoeShape | None = None
     num_mtp_layers: int = 0
@@ -78,6 +78,10 @@ class ModelShape:
     def kind(self, layer: int) -> LayerKind:
         """Kind of the layer of this index, 0 <= layer < num_layers; MTP modules have the kind of the last layer."""
         return "dense" if self.moe is None or layer < self.moe.num_dense_layers else "moe"
+
+    def window_tokens(self, layer: int) -> int:
+        """Tokens that the layer of this index attends to at most, the token itself among them; 0: all."""
+        return self.sliding_window_tokens if layer % 2 == 0 else 0
 
     @staticmethod
     def from_hf(entries: Mapping[str, Any], where: str) -> "ModelShape":
