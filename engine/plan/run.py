@@ -11,6 +11,7 @@ TrainingPrecision = Literal["fp32", "bf16", "fp8-tensorwise", "fp8-blockwise"]
 RecomputePart = Literal["norms", "activation", "mla_up_projection", "core_attention", "dense_mlp", "experts", "layer"]
 SELECTIVE: tuple[RecomputePart, ...] = ("norms", "activation", "mla_up_projection")
 Dispatcher = Literal["alltoall", "deepep", "hybridep"]
+WeightSync = Literal["alias", "local_copy", "reshard", "stream"]
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,24 @@ class RolloutPlan:
     max_sequences: int = 1024
     """Most sequences that one engine decodes at once."""
     speculative_tokens: float = 1.0
-    """Tokens accepted a decoding step; 1 without speculation."""
+    """Tokens accepted a decoding step; 1 without speculation. Above 1, the next whole number of tokens is verified a step."""
+    cuda_graphs: bool = True
+    """Decoding steps are replayed from CUDA graphs; False (vLLM's enforce_eager): Python launches every kernel."""
     steps_ahead: int = 0
     """Steps of staleness: 0 generates and trains in turn; k > 0 (split only) trains on samples up to k versions old."""
+    continuous: bool = True
+    """With steps_ahead: as sequences end, those of the next step start, through weight updates too (in-flight updates,
+    partial rollouts); False: a step's last sequence ends before the next step's first one starts (one-step-off)."""
+    weight_sync: WeightSync = "reshard"
+    """How the trainer's weights reach the engines. alias: they are the trainer's; local_copy: cast or fused on the same GPU;
+    reshard: each GPU receives only what it lacks; stream: every GPU receives every tensor whole, one after another."""
+    offload_training: bool = False
+    """Colocated: weights and optimizer states of the trainer go to the host's memory while the engines generate."""
+    optimizer_steps: int = 1
+    """Optimizer steps a GRPO step: its samples are divided into so many mini-batches."""
+    pad_packed: bool = True
+    """Packed sequences are padded to TrainingPlan.sequence_length_tokens, so that all micro-batches have one shape; False: a
+    micro-batch is as long as what was packed into it."""
     reward_seconds: float = 0.0
     """Time of scoring that does not run beside generation, a step."""
     train_epochs: int = 1
