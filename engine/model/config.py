@@ -6,7 +6,7 @@ or is on the list of keys that change nothing in the computation (`PASSIVE_KEYS`
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from ..config import InputError
 
@@ -135,33 +135,69 @@ _REQUIRED_VALUES: Mapping[str, tuple[Any, ...]] = {
 """Keys whose other values would change the computation in a way that is not implemented."""
 
 
-class _Reader:
-    """One pass over a config.json; every key is consumed exactly once, what remains at the end is an error."""
+class ConfigEntries:
+    """Typed reads of a config.json. Each key is consumed by reading it; `left` has what nobody asked for.
+
+    An entry that is null counts as missing. Every method raises InputError with the file, the key and its value.
+    """
 
     def __init__(self, entries: Mapping[str, Any], where: str) -> None:
         self.left = dict(entries)
         self.where = where
 
+    def fail(self, message: str) -> NoReturn:
+        raise InputError(f"{self.where}: {message}")
+
+    def count(self, key: str, default: int | None = None, minimum: int = 1) -> int:
+        kind = "a positive integer" if minimum == 1 else f"an integer of at least {minimum}"
+        value = self._typed(key, (int,), default, kind)
+        if value < minimum:
+            self.fail(f"{key!r} is {value}: it must be {kind}")
+        return value
+
+    def positive(self, key: str, default: float | None = None) -> float:
+        value = self._typed(key, (int, float), default, "a positive number")
+        if not value > 0:
+            self.fail(f"{key!r} is {value}: it must be a positive number")
+        return float(value)
+
+    def boolean(self, key: str, default: bool) -> bool:
+        return self._typed(key, (bool,), default, "true or false")
+
+    def _typed(self, key: str, types: tuple[type, ...], default: Any, kind: str) -> Any:
+        value = self.left.pop(key, None)
+        if value is None:
+            value = default
+        if value is None:
+            self.fail(f"{key!r} is missing: it must be {kind}")
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            self.fail(f"{key!r} is {value!r}: it must be {kind}")
+        return value
+
+
+class _Reader(ConfigEntries):
+    """One pass over a config.json; every key is consumed exactly once, what remains at the end is an error."""
+
     def read(self) -> ModelConfig:
         family = self._family()
         passive = {key: self.left.pop(key) for key in PASSIVE_KEYS & self.left.keys()}
-        hidden, heads = self._count("hidden_size"), self._count("num_attention_heads")
+        hidden, heads = self.count("hidden_size"), self.count("num_attention_heads")
         # Missing entries have the defaults of the family's own config class in transformers, where that default is a rule
         # (llama: one kv head a query head); where it is some checkpoint's number (qwen: 32), the entry is required.
-        kv_heads = self._count("num_key_value_heads", default=heads if family == "llama" else None)
-        head_dim = self._count("head_dim", default=None if family == "qwen3" else hidden // heads)
-        layers, max_positions = self._count("num_hidden_layers"), self._count("max_position_embeddings")
+        kv_heads = self.count("num_key_value_heads", default=heads if family == "llama" else None)
+        head_dim = self.count("head_dim", default=None if family == "qwen3" else hidden // heads)
+        layers, max_positions = self.count("num_hidden_layers"), self.count("max_position_embeddings")
         if heads % kv_heads:
-            self._fail(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+            self.fail(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
         if head_dim % 2:
-            self._fail(f"head_dim {head_dim} is odd: rotary positions need pairs")
+            self.fail(f"head_dim {head_dim} is odd: rotary positions need pairs")
         theta, scaling = self._rope(max_positions)
         self._refuse_other_computations(family, layers, passive)
         config = ModelConfig(
             family=family,
-            vocab_size=self._count("vocab_size"),
+            vocab_size=self.count("vocab_size"),
             hidden_size=hidden,
-            intermediate_size=self._count("intermediate_size"),
+            intermediate_size=self.count("intermediate_size"),
             num_layers=layers,
             num_heads=heads,
             num_kv_heads=kv_heads,
@@ -169,73 +205,45 @@ class _Reader:
             max_positions=max_positions,
             rope_theta=theta,
             rope_scaling=scaling,
-            norm_eps=self._positive("rms_norm_eps"),
-            tie_embeddings=self._bool("tie_word_embeddings", default=False),
+            norm_eps=self.positive("rms_norm_eps"),
+            tie_embeddings=self.boolean("tie_word_embeddings", default=False),
             qkv_bias=family == "qwen2",
             qk_norm=family == "qwen3",
             eos_ids=self._token_ids("eos_token_id"),
             bos_id=self._token_id("bos_token_id"),
             pad_id=self._token_id("pad_token_id"),
-            init_std=self._positive("initializer_range", default=0.02),
+            init_std=self.positive("initializer_range", default=0.02),
             passive=passive,
         )
         if self.left:
-            self._fail(
+            self.fail(
                 f"unknown key {min(self.left)!r}: it may change the computation, and strop doesn't know it; "
                 "remove it if it has no effect"
             )
         return config
 
-    def _fail(self, message: str) -> None:
-        raise InputError(f"{self.where}: {message}")
-
     def _family(self) -> Family:
         family = self.left.pop("model_type", None)
         if family in PLANNED_FAMILIES:
-            self._fail(f"model_type {family!r} is not implemented yet; today: {', '.join(FAMILIES)}")
+            self.fail(f"model_type {family!r} is not implemented yet; today: {', '.join(FAMILIES)}")
         if family not in FAMILIES:
-            self._fail(f"model_type {family!r} is not a family strop knows: {', '.join(FAMILIES)}")
+            self.fail(f"model_type {family!r} is not a family strop knows: {', '.join(FAMILIES)}")
         architectures = self.left.pop("architectures", None)
         if architectures is not None and architectures != [FAMILIES[family]]:
-            self._fail(f"architectures {architectures} with model_type {family!r}: only ['{FAMILIES[family]}'] can be loaded")
+            self.fail(f"architectures {architectures} with model_type {family!r}: only ['{FAMILIES[family]}'] can be loaded")
         return family
-
-    def _typed(self, key: str, types: tuple[type, ...], default: Any, kind: str) -> Any:
-        value = self.left.pop(key, None)
-        if value is None:
-            value = default
-        if value is None:
-            self._fail(f"{key!r} is missing: it must be {kind}")
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            self._fail(f"{key!r} is {value!r}: it must be {kind}")
-        return value
-
-    def _count(self, key: str, default: int | None = None) -> int:
-        value = self._typed(key, (int,), default, "a positive integer")
-        if value < 1:
-            self._fail(f"{key!r} is {value}: it must be a positive integer")
-        return value
-
-    def _positive(self, key: str, default: float | None = None) -> float:
-        value = self._typed(key, (int, float), default, "a positive number")
-        if not value > 0:
-            self._fail(f"{key!r} is {value}: it must be a positive number")
-        return float(value)
-
-    def _bool(self, key: str, default: bool) -> bool:
-        return self._typed(key, (bool,), default, "true or false")
 
     def _token_id(self, key: str) -> int | None:
         value = self.left.pop(key, None)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            self._fail(f"{key!r} is {value!r}: it must be one token id or null")
+            self.fail(f"{key!r} is {value!r}: it must be one token id or null")
         return value
 
     def _token_ids(self, key: str) -> tuple[int, ...]:
         value = self.left.pop(key, None)
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-            self._fail(f"{key!r} is {value!r}: it must be a token id, a list of token ids or null")
+            self.fail(f"{key!r} is {value!r}: it must be a token id, a list of token ids or null")
         return tuple(ids)
 
     def _rope(self, max_positions: int) -> tuple[float, RopeScaling | None]:
@@ -244,35 +252,35 @@ class _Reader:
         scaling = self.left.pop("rope_scaling", None)
         parameters = self.left.pop("rope_parameters", None)
         if scaling and parameters and scaling != parameters:
-            self._fail(f"rope_scaling {scaling} and rope_parameters {parameters} contradict each other: keep one of them")
+            self.fail(f"rope_scaling {scaling} and rope_parameters {parameters} contradict each other: keep one of them")
         rope = dict(scaling or parameters or {})
         in_rope = rope.pop("rope_theta", None)
         if theta is not None and in_rope is not None and theta != in_rope:
-            self._fail(f"rope_theta {theta} and rope_parameters.rope_theta {in_rope} contradict each other: keep one of them")
+            self.fail(f"rope_theta {theta} and rope_parameters.rope_theta {in_rope} contradict each other: keep one of them")
         theta = in_rope if theta is None else theta
         theta = 10000.0 if theta is None else theta
         if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not theta > 0:
-            self._fail(f"rope_theta is {theta!r}: it must be a positive number")
+            self.fail(f"rope_theta is {theta!r}: it must be a positive number")
         legacy_kind, kind = rope.pop("type", None), rope.pop("rope_type", None)
         kind = kind or legacy_kind or "default"
         if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-            self._fail("rope partial_rotary_factor other than 1 is not implemented")
+            self.fail("rope partial_rotary_factor other than 1 is not implemented")
         fields = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
         if kind not in fields:
-            self._fail(f"rope type {kind!r} is not implemented: use default, linear or llama3")
+            self.fail(f"rope type {kind!r} is not implemented: use default, linear or llama3")
         original = rope.pop("original_max_position_embeddings", None) if kind == "llama3" else None
         values = {name: rope.pop(name, None) for name in fields[kind]}
         for name, value in values.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-                self._fail(f"rope type {kind!r} needs {name!r}, a positive number; found {value!r}")
+                self.fail(f"rope type {kind!r} needs {name!r}, a positive number; found {value!r}")
         if rope:
-            self._fail(f"unknown entry {min(rope)!r} for rope type {kind!r}")
+            self.fail(f"unknown entry {min(rope)!r} for rope type {kind!r}")
         if kind == "default":
             return float(theta), None
         if kind == "linear":
             return float(theta), RopeScaling("linear", float(values["factor"]))
         if values["high_freq_factor"] <= values["low_freq_factor"]:
-            self._fail(f"rope type 'llama3' needs high_freq_factor above low_freq_factor; found {values}")
+            self.fail(f"rope type 'llama3' needs high_freq_factor above low_freq_factor; found {values}")
         return float(theta), RopeScaling(
             "llama3", *(float(values[name]) for name in fields[kind]), original_max_positions=original or max_positions
         )
@@ -282,12 +290,12 @@ class _Reader:
             self.left.pop(dtype_key, None)  # what the files hold; `checkpoint` checks it against the tensors
         for key, allowed in _REQUIRED_VALUES.items():
             if key in self.left and (value := self.left.pop(key)) not in allowed:
-                self._fail(f"{key} {value!r} is not implemented: only {allowed[0]!r} is")
+                self.fail(f"{key} {value!r} is not implemented: only {allowed[0]!r} is")
         kinds = self.left.pop("layer_types", None)
         if kinds is not None and kinds != ["full_attention"] * layers:
-            self._fail(f"layer_types {sorted(set(kinds))} x {len(kinds)} is not implemented: full_attention x {layers} is")
+            self.fail(f"layer_types {sorted(set(kinds))} x {len(kinds)} is not implemented: full_attention x {layers} is")
         if family == "llama" and passive.get("sliding_window") is not None:
-            self._fail(f"sliding_window {passive['sliding_window']} is not implemented: remove it")
+            self.fail(f"sliding_window {passive['sliding_window']} is not implemented: remove it")
 
 
 def _rope_scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:

@@ -44,8 +44,8 @@ def total_parameters(shape: ModelShape, mtp: bool = False) -> int:
 def active_parameters(shape: ModelShape, embedding: bool = True) -> int:
     """Parameters that one token meets: of the routed experts, top_k; no MTP modules.
 
-    Model cards disagree whether the input embedding belongs to them: Qwen3 and DeepSeek-V3 count it ("37B", "A3B" = 3.3B),
-    gpt-oss doesn't (5.1B; pass embedding=False). A tied matrix is used by the head and always counts.
+    Model cards disagree on the input embedding, of which a token reads one row. Qwen3 counts it (30B-A3B: 3.3B); DeepSeek-V3
+    (36.6B) and gpt-oss (3.6B, 5.1B) don't: embedding=False. A tied matrix is used by the head too and always counts.
     """
     idle = 0
     if shape.moe is not None:

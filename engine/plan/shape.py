@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..model.config import ModelConfig
+
 LayerKind = Literal["dense", "moe"]
 
 
@@ -85,5 +87,27 @@ class ModelShape:
 
     @staticmethod
     def from_hf(entries: Mapping[str, Any], where: str) -> "ModelShape":
-        """Read the content of a Hugging Face config.json; `where` (its path) appears in error messages."""
-        raise NotImplementedError
+        """Read the content of a Hugging Face config.json; `where` (its path) appears in error messages.
+
+        Raises InputError as `hf_config.read_shape` says.
+        """
+        from .hf_config import read_shape  # which makes shapes, so it needs this module first
+
+        return read_shape(entries, where)
+
+    @staticmethod
+    def from_model_config(config: ModelConfig, name: str) -> "ModelShape":
+        """The shape of a model that the engine runs."""
+        return ModelShape(
+            name=name,
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            dense_intermediate_size=config.intermediate_size,
+            tie_embeddings=config.tie_embeddings,
+            qkv_bias=config.qkv_bias,
+            qk_norm=config.qk_norm,
+        )
