@@ -1,0 +1,267 @@
+"""One generation engine and the seconds of its steps: what it holds, reads and waits for while it decodes and prefills.
+
+An engine is tp x pp GPUs, or ep x pp where ep > tp: then ep / tp data-parallel replicas share the experts (DeepSeek-V3, arXiv
+2412.19437, section 3.4). With ep = 1 the experts are split inside, by tp, as vLLM and SGLang do without expert parallelism.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..config import InputError
+from .collectives import collective_seconds, combine_seconds, dispatch_seconds
+from .devices import DeviceFacts, device_named
+from .efficiency import Precision, gemm_seconds, grouped_gemm_seconds, memory_bound_seconds
+from .facts import layer_parameters
+from .run import PlannedRun, RolloutPlan
+from .shape import ModelShape
+
+HOST_STEP_SECONDS = 2.5e-3
+"""Scheduling, input preparation and output handling of a decoding step, while the GPU waits (fitted on RL rows; vLLM)."""
+HOST_SEQUENCE_SECONDS = 12e-6
+"""The same for each sequence in the batch: sampled token, log-prob, detokenization, stop check."""
+EAGER_KERNEL_SECONDS = 10e-6
+"""Host time of one kernel launched from Python modules, where no CUDA graph replays it."""
+LOGITS_PASSES = 8
+"""Times that sampling with log-probs reads or writes fp32 logits: temperature, softmax, log-softmax, ranks, noise, argmax."""
+PREFILL_CHUNK_TOKENS = 8192
+"""Tokens of prompts that an engine computes at once (vLLM's max_num_batched_tokens for offline use)."""
+CACHE_FLOPS_FRACTION = 0.6
+"""Achieved of the bf16 peak by decode attention where many heads share one latent key (FlashMLA: 660 of 989 TFLOPS)."""
+ELEMENTWISE_PASSES = 12
+"""Times that a layer's element-wise kernels read or write the hidden states: norms with residual, rotation, gate, sums."""
+GRAPH_KERNEL_SECONDS = 2e-6
+"""From one element-wise kernel's start to the next one's inside a CUDA graph, when it does nothing."""
+KERNELS = {"dense": 12, "moe": 20}
+"""Of a layer, outside its matrix products' first launches: norms, rotation, cache write, split attention, gate, routing."""
+
+
+@dataclass(frozen=True)
+class GenerationEngine:
+    """One engine of a run's rollout, and how many equal ones there are."""
+
+    shape: ModelShape
+    plan: RolloutPlan
+    device: DeviceFacts
+    count: int
+    """Engines."""
+
+    @staticmethod
+    def of(run: PlannedRun) -> "GenerationEngine":
+        """Raises InputError where the run has no rollout, or its engines don't divide GPUs, layers, heads or experts."""
+        plan, shape = run.rollout, run.shape
+        if plan is None:
+            raise InputError("this run only trains: give it a rollout to plan generation")
+        gpus = max(plan.tp, plan.ep) * plan.pp
+        if run.rollout_gpus < gpus or run.rollout_gpus % gpus:
+            fits = max(1, run.rollout_gpus // gpus) * gpus
+            raise InputError(
+                f"{run.rollout_gpus} generating GPUs are no multiple of an engine's {gpus} "
+                f"(max(tp {plan.tp}, ep {plan.ep}) x pp {plan.pp}): give {fits} GPUs to rollout"
+            )
+        if shape.num_heads % plan.tp:
+            fits = max(d for d in range(1, plan.tp) if shape.num_heads % d == 0)
+            raise InputError(f"rollout tp {plan.tp} doesn't divide {shape.num_heads} heads of {shape.name}: use {fits}")
+        if plan.ep > 1 and (shape.moe is None or shape.moe.num_experts % plan.ep or plan.ep % plan.tp):
+            experts = "no experts" if shape.moe is None else f"{shape.moe.num_experts} experts"
+            raise InputError(f"rollout ep {plan.ep} must divide {experts} of {shape.name} and be a multiple of tp {plan.tp}")
+        return GenerationEngine(shape, plan, device_named(run.device), run.rollout_gpus // gpus)
+
+    @property
+    def gpus(self) -> int:
+        return max(self.plan.tp, self.plan.ep) * self.plan.pp
+
+    @property
+    def replicas(self) -> int:
+        """Data-parallel attention replicas of the engine; each has its own sequences."""
+        return max(1, self.plan.ep // self.plan.tp)
+
+    @property
+    def precision(self) -> Precision:
+        return "bf16" if self.plan.weights_dtype_bytes >= 2 else "fp8-blockwise"
+
+    @cached_property
+    def weight_bytes(self) -> float:
+        """On one GPU: the fullest pipeline rank's layers and, with tp, its share of embedding and head (kept in bf16)."""
+        shape, plan = self.shape, self.plan
+        expert_ranks = plan.ep if plan.ep > 1 else plan.tp
+        layers_bytes = 0.0
+        for layer in range(shape.num_layers):
+            counts = layer_parameters(shape, layer)
+            split = sum(count for kind, count in counts.items() if kind not in ("experts", "router", "norms"))
+            replicated = _replicated_attention(shape)
+            elements = (split - replicated) / plan.tp + replicated + counts["experts"] / expert_ranks
+            layers_bytes += elements * plan.weights_dtype_bytes + (counts["router"] + counts["norms"]) * 2
+        tables = 1 if shape.tie_embeddings else 2
+        return layers_bytes / plan.pp + tables * shape.vocab_size * shape.hidden_size * 2 / plan.tp
+
+    @cached_property
+    def cache_bytes_per_token(self) -> float:
+        """Of one sequence's token, on one GPU. Latent vectors and fewer key-value heads than tp are held by every rank."""
+        shape, plan = self.shape, self.plan
+        if shape.mla is not None:
+            elements = shape.mla.kv_rank + shape.mla.rope_dim
+        else:
+            elements = 2 * max(1.0, shape.num_kv_heads / plan.tp) * shape.head_dim
+        return shape.num_layers / plan.pp * elements * plan.kv_dtype_bytes
+
+    @cached_property
+    def cache_capacity_tokens(self) -> float:
+        """Of one attention replica. Raises InputError where the weights leave no room."""
+        free = self.plan.memory_fraction * self.device.hbm_bytes - self.weight_bytes
+        if free <= 0:
+            raise InputError(
+                f"rollout weights take {self.weight_bytes / 1e9:.1f} GB a GPU, more than memory_fraction "
+                f"{self.plan.memory_fraction:g} of {self.device.hbm_bytes / 1e9:.0f} GB: use more tp, pp or ep"
+            )
+        return free / self.cache_bytes_per_token
+
+    @property
+    def tokens_verified(self) -> int:
+        """Tokens of a sequence that one decoding step computes: the last one and the drafts after it."""
+        return math.ceil(self.plan.speculative_tokens)
+
+    def step_seconds(self, sequences: float, context_tokens: float) -> float:
+        """One decoding step of `sequences` in each replica, whose contexts (prompt and response so far) have this mean."""
+        cache = self.cache_seconds(np.array([sequences]), np.array([sequences * context_tokens]))
+        return self.rows_seconds(sequences) + float(cache[0])
+
+    def rows_seconds(self, sequences: float) -> float:
+        """A decoding step without the reading of the cache: weights, collectives, launches, sampling, host.
+
+        With pp > 1 the batch goes through the stages in pp parts, so that all stages work.
+        """
+        plan, shape = self.plan, self.shape
+        part = sequences / plan.pp
+        verify = self._pass_seconds(part * self.tokens_verified, all_logits=True)
+        kernels = self._kernels(range(shape.num_layers))
+        drafts = self.tokens_verified - 1
+        if drafts:  # a multi-token-prediction layer, or a draft model of one layer, once a drafted token
+            last = shape.num_layers - 1
+            verify += drafts * (self._layer_seconds(last, part) + self._head_seconds(part))
+            kernels += drafts * self._kernels((last,))
+        if not plan.cuda_graphs:
+            verify = max(verify, kernels * EAGER_KERNEL_SECONDS)
+        return verify * plan.pp + HOST_STEP_SECONDS + HOST_SEQUENCE_SECONDS * sequences
+
+    def cache_seconds(self, sequences: NDArray[np.floating], context_tokens: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Decode attention of one step, all layers: bytes of keys and values, or FLOPs where heads share them.
+
+        `context_tokens`: of all `sequences` of a replica together; window layers read at most their window of each.
+        """
+        shape, device = self.shape, self.device
+        seconds = np.zeros(np.shape(context_tokens))
+        per_layer = self.cache_bytes_per_token * self.plan.pp / shape.num_layers
+        byte_seconds = memory_bound_seconds(device, per_layer, kernels=0)
+        heads = max(1, shape.num_heads // self.plan.tp) * self.tokens_verified
+        widths = 2 * shape.mla.kv_rank + shape.mla.rope_dim if shape.mla is not None else 2 * shape.head_dim
+        flop_seconds = 2 * heads * widths / (CACHE_FLOPS_FRACTION * device.bf16_flops_per_second)
+        for layer in range(shape.num_layers):
+            window = shape.window_tokens(layer)
+            read = np.minimum(context_tokens, window * sequences) if window else context_tokens
+            seconds += np.asarray(read, float) * max(byte_seconds, flop_seconds)
+        return seconds
+
+    def prefill_seconds(self, tokens: float, prompt_tokens: float) -> float:
+        """Seconds of one replica to compute prompts of `tokens` in all, in chunks, causal attention over each prompt."""
+        if tokens <= 0:
+            return 0.0
+        chunk = min(tokens, PREFILL_CHUNK_TOKENS)
+        shape = self.shape
+        widths = shape.mla.nope_dim + shape.mla.rope_dim + shape.mla.value_dim if shape.mla is not None else 2 * shape.head_dim
+        attention_flops = shape.num_heads / self.plan.tp * widths * prompt_tokens * shape.num_layers / self.plan.pp
+        attention = attention_flops / (CACHE_FLOPS_FRACTION * self.device.bf16_flops_per_second)
+        chunk_seconds = self._pass_seconds(chunk, all_logits=False) + HOST_STEP_SECONDS
+        return tokens * (chunk_seconds / chunk + attention)
+
+    def _pass_seconds(self, rows: float, all_logits: bool) -> float:
+        """One pipeline rank's part of a pass over `rows` tokens in each replica, with the mean rank's share of layers."""
+        shape, pp = self.shape, self.plan.pp
+        dense = shape.num_layers if shape.moe is None else shape.moe.num_dense_layers
+        seconds = dense * self._layer_seconds(0, rows) if dense else 0.0
+        if dense < shape.num_layers:
+            seconds += (shape.num_layers - dense) * self._layer_seconds(shape.num_layers - 1, rows)
+        seconds += self._head_seconds(rows if all_logits else 1)
+        hop = 0.0
+        if pp > 1:
+            beside = max(1, self.device.gpus_per_node // (self.gpus // pp))
+            hop = collective_seconds(self.device, "send_recv", rows * shape.hidden_size * 2, pp, min(beside, pp))
+        return seconds / pp + hop
+
+    def _layer_seconds(self, layer: int, rows: float) -> float:
+        """One layer over `rows` tokens of each replica; without decode attention's reading of the cache."""
+        shape, plan, device, precision = self.shape, self.plan, self.device, self.precision
+        hidden, tp = shape.hidden_size, plan.tp
+        seconds = self._projection_seconds(rows)
+        hidden_bytes = rows * hidden * 2
+        reduced = 1.0
+        if shape.kind(layer) == "dense":
+            seconds += self._mlp_seconds(rows, shape.dense_intermediate_size / tp)
+            reduced += 1
+        else:
+            moe = shape.moe
+            seconds += gemm_seconds(device, rows, moe.num_experts, hidden, "bf16", sustained=False)
+            if moe.shared_intermediate_size:
+                seconds += self._mlp_seconds(rows, moe.shared_intermediate_size / tp)
+            all_rows = rows * self.replicas
+            touched = moe.num_experts * (1 - (1 - moe.top_k / moe.num_experts) ** all_rows)
+            groups = max(1.0, touched / plan.ep)
+            width = moe.expert_intermediate_size / (tp if plan.ep == 1 else 1)
+            per_group = all_rows * moe.top_k / plan.ep / groups
+            for columns, inner in ((2 * width, hidden), (hidden, width)):
+                seconds += grouped_gemm_seconds(
+                    device, math.ceil(groups), per_group, columns, inner, precision, sustained=False
+                )
+            if plan.ep > tp:  # a rank of a replica sends the replica's tokens that are its own
+                arguments = (hidden, moe, plan.ep, min(plan.ep, device.gpus_per_node))
+                wire = 2 if precision == "bf16" else 1
+                seconds += dispatch_seconds(device, rows / tp, *arguments, wire, "deepep")
+                seconds += combine_seconds(device, rows / tp, *arguments, 2, "deepep")
+            else:
+                reduced += 1
+        reduce = collective_seconds(device, "all_reduce", hidden_bytes, tp, min(tp, device.gpus_per_node))
+        elementwise = memory_bound_seconds(device, ELEMENTWISE_PASSES * hidden_bytes, kernels=0)
+        return seconds + reduced * reduce + elementwise + KERNELS[shape.kind(layer)] * GRAPH_KERNEL_SECONDS
+
+    def _projection_seconds(self, rows: float) -> float:
+        """Products around attention. Decoding with latent attention multiplies queries and outputs per head (absorbed)."""
+        shape, tp, precision = self.shape, self.plan.tp, self.precision
+        heads, hidden, mla = shape.num_heads / tp, shape.hidden_size, shape.mla
+        if mla is None:
+            kv_heads = max(1.0, shape.num_kv_heads / tp)
+            products = [((heads + 2 * kv_heads) * shape.head_dim, hidden), (hidden, heads * shape.head_dim)]
+        else:
+            query = heads * (mla.nope_dim + mla.rope_dim)
+            products = [(mla.q_rank + mla.kv_rank + mla.rope_dim, hidden), (query, mla.q_rank or hidden)]
+            products += [(hidden, heads * mla.value_dim)]
+        seconds = sum(gemm_seconds(self.device, rows, n, k, precision, sustained=False) for n, k in products)
+        if mla is not None:
+            for n, k in ((mla.kv_rank, mla.nope_dim), (mla.value_dim, mla.kv_rank)):
+                seconds += grouped_gemm_seconds(self.device, math.ceil(heads), rows, n, k, "bf16", sustained=False)
+        return seconds
+
+    def _mlp_seconds(self, rows: float, width: float) -> float:
+        hidden, precision = self.shape.hidden_size, self.precision
+        return gemm_seconds(self.device, rows, 2 * width, hidden, precision, sustained=False) + gemm_seconds(
+            self.device, rows, hidden, width, precision, sustained=False
+        )
+
+    def _head_seconds(self, rows: float) -> float:
+        """The head's product over a tp rank's part of the vocabulary, and sampling from all of it on every rank."""
+        vocab, tp, device = self.shape.vocab_size, self.plan.tp, self.device
+        product = gemm_seconds(device, rows, vocab / tp, self.shape.hidden_size, "bf16", sustained=False)
+        gather = collective_seconds(device, "all_gather", rows * vocab * 2, tp, min(tp, device.gpus_per_node))
+        return product + gather + memory_bound_seconds(device, LOGITS_PASSES * rows * vocab * 4, LOGITS_PASSES)
+
+    def _kernels(self, layers: range | tuple[int, ...]) -> int:
+        products = 8 if self.shape.mla is not None else 4
+        return sum(KERNELS[self.shape.kind(layer)] + products for layer in layers)
+
+
+def _replicated_attention(shape: ModelShape) -> int:
+    """Parameters of a layer's attention that every tp rank holds whole: the compressions of latent attention."""
+    mla = shape.mla
+    return shape.hidden_size * (mla.q_rank + mla.kv_rank + mla.rope_dim) if mla is not None else 0
