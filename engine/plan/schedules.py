@@ -1,0 +1,194 @@
+"""How long a pipeline takes for an optimizer step's micro-batches, whatever the schedule and however uneven its stages.
+
+The order of work of a schedule (`timeline`) is compiled once into a list of slots, each with what it waits for; a prediction
+is then one pass over that list. Long runs are extended by the steady pace, so that the cost doesn't grow with the batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ..config import InputError, PipelineSchedule
+from .timeline import Slot, dualpipe, dualpipev, interleaved, one_forward_one_backward, zero_bubble
+
+
+@dataclass(frozen=True)
+class StageSeconds:
+    """One micro-batch through one virtual stage on its rank."""
+
+    forward: float
+    """Seconds of computation, and of exchanges that nothing can hide."""
+    backward_input: float
+    backward_weight: float
+    forward_exchange: float = 0.0
+    """Seconds of expert dispatch and combine; a paired backward pass can hide them."""
+    backward_exchange: float = 0.0
+
+    @property
+    def backward(self) -> float:
+        return self.backward_input + self.backward_weight
+
+
+@dataclass(frozen=True)
+class PipelineTime:
+    """Of one optimizer step. The seconds a rank is busy and its bubble add up to `total_seconds`, less hops."""
+
+    total_seconds: float
+    bottleneck: int
+    """The rank with the most to do."""
+    busy_seconds: tuple[float, ...]
+    """Of each rank."""
+    hop_seconds: float
+    """What the transfers between stages add to the step, beside the work that they can hide behind."""
+
+    @property
+    def bubble_seconds(self) -> float:
+        """Time for which the busiest rank waits for the others."""
+        return self.total_seconds - self.hop_seconds - self.busy_seconds[self.bottleneck]
+
+
+def pair_seconds(forward: StageSeconds, backward: StageSeconds, contention: float) -> float:
+    """A forward and a backward pass beside each other: exchanges of one run while the other computes.
+
+    `contention` is the share by which computation slows down while an exchange runs (its kernels hold SMs).
+    """
+    compute = forward.forward + backward.backward
+    exchange = forward.forward_exchange + backward.backward_exchange
+    slowed = compute + contention * min(exchange, compute / (1 + contention) if contention else compute)
+    return max(slowed, exchange)
+
+
+def pipeline_time(
+    schedule: PipelineSchedule,
+    stages: Sequence[StageSeconds],
+    pp: int,
+    microbatches: int,
+    hop_seconds: float = 0.0,
+    paired: bool = False,
+    contention: float = 0.0,
+) -> PipelineTime:
+    """Seconds of all micro-batches' passes. `stages`: pp x vpp virtual stages (dualpipev: 2 pp) in the model's order.
+
+    paired: a forward and a backward pass of different micro-batches run beside each other (`pair_seconds`) wherever the
+    schedule has both. Raises InputError for a schedule that can't, or that has too few micro-batches.
+    """
+    per_rank = len(stages) // pp
+    settled = _settled_microbatches(schedule, pp, microbatches)
+    if microbatches <= settled + pp:
+        with_hops, busy = _run(schedule, tuple(stages), pp, per_rank, microbatches, hop_seconds, paired, contention)
+        without = with_hops if not hop_seconds else _run(schedule, tuple(stages), pp, per_rank, microbatches, 0.0, paired, contention)[0]
+    else:
+        more = settled + pp
+        factor = (microbatches - settled) / pp
+        ends = []
+        for hop in (hop_seconds, 0.0) if hop_seconds else (0.0,):
+            first, busy_first = _run(schedule, tuple(stages), pp, per_rank, settled, hop, paired, contention)
+            second, busy_second = _run(schedule, tuple(stages), pp, per_rank, more, hop, paired, contention)
+            ends.append(first + factor * (second - first))
+        busy = tuple(a + factor * (b - a) for a, b in zip(busy_first, busy_second, strict=True))
+        with_hops, without = ends[0], ends[-1]
+    bottleneck = max(range(pp), key=busy.__getitem__)
+    return PipelineTime(with_hops, bottleneck, busy, with_hops - without)
+
+
+def _settled_microbatches(schedule: PipelineSchedule, pp: int, microbatches: int) -> int:
+    """A number of micro-batches after which every further one takes the same time; as far from `microbatches` as whole pp."""
+    return min(microbatches, 3 * pp + (microbatches % pp))
+
+
+@lru_cache(maxsize=64)
+def _program(schedule: PipelineSchedule, pp: int, per_rank: int, microbatches: int, paired: bool):
+    """The slots of all ranks in an order in which each comes after what it needs.
+
+    A list of (rank, needed slot or -1, needed slot or -1, duration's index) and the durations' keys: (work, stage[, stage]).
+    """
+    if schedule in ("dualpipe", "dualpipev"):
+        if microbatches < 2 * pp:
+            raise InputError(f"schedule {schedule} with pp {pp} needs at least {2 * pp} micro-batches a step, not {microbatches}")
+        orders = (dualpipe if schedule == "dualpipe" else dualpipev)(pp, microbatches)
+    elif schedule == "zero-bubble":
+        if paired:
+            raise InputError("overlap_expert doesn't go with schedule zero-bubble: use interleaved or dualpipev")
+        orders = zero_bubble(pp, microbatches)
+    elif per_rank > 1:
+        if microbatches % pp:
+            raise InputError(f"an interleaved schedule with pp {pp} needs a multiple of {pp} micro-batches, not {microbatches}")
+        orders = interleaved(pp, per_rank, microbatches, paired)
+    else:
+        orders = one_forward_one_backward(pp, microbatches, paired)
+    return _compile(orders)
+
+
+def _compile(orders: Sequence[Sequence[Slot]]):
+    last = max(one.stage for order in orders for slot in order for one in slot)
+    made: dict[tuple[str, int, int], int] = {}
+    keys: dict[tuple, int] = {}
+    program: list[tuple[int, int, int, int]] = []
+    places = [0] * len(orders)
+    moved = True
+    while moved:
+        moved = False
+        for rank, order in enumerate(orders):
+            while places[rank] < len(order):
+                slot = order[places[rank]]
+                needs = [one.needs(last) for one in slot]
+                if not all(need is None or need in made for need in needs):
+                    break
+                # What its own rank made is there when the rank is free.
+                indices = [-1 if need is None or one.is_local(last) else made[need] for one, need in zip(slot, needs, strict=True)]
+                key = (tuple(one.work for one in slot), tuple(one.stage for one in slot))
+                for one in slot:
+                    made[one.makes] = len(program)
+                program.append((rank, indices[0], indices[-1], keys.setdefault(key, len(keys))))
+                places[rank] += 1
+                moved = True
+    assert all(place == len(order) for place, order in zip(places, orders, strict=True)), "the ranks wait for each other"
+    return program, tuple(keys)
+
+
+@lru_cache(maxsize=4096)
+def _run(
+    schedule: PipelineSchedule,
+    stages: tuple[StageSeconds, ...],
+    pp: int,
+    per_rank: int,
+    microbatches: int,
+    hop_seconds: float,
+    paired: bool,
+    contention: float,
+) -> tuple[float, tuple[float, ...]]:
+    """(seconds until the last rank is done, busy seconds of each rank) of exactly this many micro-batches."""
+    program, keys = _program(schedule, pp, per_rank, microbatches, paired)
+    durations = [_slot_seconds(stages, works, at, contention if paired else None) for works, at in keys]
+    ends: list[float] = []
+    free = [0.0] * pp
+    busy = [0.0] * pp
+    for rank, first, second, key in program:
+        start = free[rank]
+        if first >= 0 and ends[first] + hop_seconds > start:
+            start = ends[first] + hop_seconds
+        if second >= 0 and ends[second] + hop_seconds > start:
+            start = ends[second] + hop_seconds
+        seconds = durations[key]
+        busy[rank] += seconds
+        free[rank] = start + seconds
+        ends.append(start + seconds)
+    return max(free), tuple(busy)
+
+
+def _slot_seconds(stages: Sequence[StageSeconds], works: tuple[str, ...], at: tuple[int, ...], contention: float | None) -> float:
+    """Seconds of a slot; contention None: passes in one slot follow each other."""
+    if len(works) == 2 and contention is not None:
+        return pair_seconds(stages[at[0]], stages[at[1]], contention)
+    seconds = 0.0
+    for work, stage in zip(works, at, strict=True):
+        one = stages[stage]
+        if work == "forward":
+            seconds += one.forward + one.forward_exchange
+        elif work == "backward":
+            seconds += one.backward + one.backward_exchange
+        elif work == "backward_input":
+            seconds += one.backward_input + one.backward_exchange
+        else:
+            seconds += one.backward_weight
+    return seconds
