@@ -1,4 +1,4 @@
-"""Seconds of a step's generation: sequences start where slots are free and end as their lengths say; steps pay for the active."""
+"""Seconds of a step's generation: sequences start where slots are free, end as their lengths say, and steps pay for the rest."""
 
 import heapq
 from dataclasses import dataclass
@@ -83,10 +83,7 @@ def rollout_time(run: PlannedRun) -> RolloutTime:
     else:
         decode, tail, curve = _drained(engine, lengths, samples, -(-samples // replicas), slots, replicas)
     total = prefill + decode + tail
-    one, many = (
-        engine.step_seconds(1, plan.prompt_tokens),
-        engine.step_seconds(slots, plan.prompt_tokens + lengths.mean_tokens / 2),
-    )
+    context = plan.prompt_tokens + lengths.mean_tokens / 2
     return RolloutTime(
         prefill_seconds=prefill,
         decode_seconds=decode,
