@@ -8,7 +8,9 @@ from ..config import Layout, Placement
 from .shape import ModelShape
 
 TrainingPrecision = Literal["fp32", "bf16", "fp8-tensorwise", "fp8-blockwise"]
-RecomputePart = Literal["norms", "activation", "mla_up_projection", "core_attention", "dense_mlp", "experts", "layer"]
+RecomputePart = Literal[
+    "norms", "activation", "mla_up_projection", "core_attention", "dense_mlp", "experts", "every_second_product", "layer"
+]
 SELECTIVE: tuple[RecomputePart, ...] = ("norms", "activation", "mla_up_projection")
 Dispatcher = Literal["alltoall", "deepep", "hybridep"]
 WeightSync = Literal["alias", "local_copy", "reshard", "stream"]
@@ -28,7 +30,10 @@ class TrainingPlan:
     """Of the matrix products of layers. fp8-tensorwise: one scale a tensor (Transformer Engine's current scaling);
     fp8-blockwise: 1x128 activations and 128x128 weights (DeepSeek-V3)."""
     recompute: tuple[RecomputePart, ...] = ()
-    """What the backward pass computes again instead of keeping: () nothing, ("layer",) everything but the layers' inputs."""
+    """What the backward pass computes again instead of keeping: () nothing, ("layer",) everything but the layers' inputs;
+    every_second_product: key, output and up projection with all element-wise operations (torchtitan's selective "op")."""
+    recompute_layers: int = 0
+    """Layers of a pipeline rank that `recompute` holds for, its first ones; 0: all."""
     weights_dtype_bytes: int = 2
     gradient_dtype_bytes: int = 4
     """4: fp32 main gradients; 2: bf16."""
@@ -43,6 +48,8 @@ class TrainingPlan:
     """fused: the head's logits exist a chunk at a time (strop.kernels); materialized: all, as fp32 with gradient (Megatron)."""
     dispatcher: Dispatcher = "deepep"
     """How tokens reach their experts: NCCL's all-to-all of every copy, or DeepEP / HybridEP: a token goes to a node once."""
+    dispatch_dtype_bytes: int = 2
+    """Of a hidden element on its way to the experts; 1: FP8 (DeepSeek-V3). It comes back as bf16."""
     expert_imbalance: float = 1.0
     """Tokens of the busiest expert-parallel rank over the mean; 1 is forced balance."""
     overlap_expert: bool = False
