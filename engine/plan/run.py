@@ -1,7 +1,7 @@
 """What a prediction needs to know: `PlannedRun`, a model on a number of GPUs with a layout, a training and a rollout part."""
 
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Literal
 
 from ..config import Layout, Placement
@@ -50,6 +50,8 @@ class TrainingPlan:
     """How tokens reach their experts: NCCL's all-to-all of every copy, or DeepEP / HybridEP: a token goes to a node once."""
     dispatch_dtype_bytes: int = 2
     """Of a hidden element on its way to the experts; 1: FP8 (DeepSeek-V3). It comes back as bf16."""
+    dispatch_dtype_bytes: int = 2
+    """Of a token on its way to the experts and of its gradient: 1 in FP8 (DeepSeek-V3); back they go in bf16."""
     expert_imbalance: float = 1.0
     """Tokens of the busiest expert-parallel rank over the mean; 1 is forced balance."""
     overlap_expert: bool = False
@@ -202,18 +204,24 @@ class PlannedRun:
         MTP modules follow the last layer. A rank's layers are divided evenly over its chunks, the first taking one more.
         """
         pp, shape, ranks_of_chunk = self.layout.pp, self.shape, self._ranks_of_chunk()
-        last_chunk = len(ranks_of_chunk) - 1
-        chunks_per_rank = sum(ranks[0] == 0 for ranks in ranks_of_chunk)
-        sizes = [list(even_split(n, chunks_per_rank)) for n in self.stage_layers or even_split(shape.num_layers, pp)]
-        ends = list(accumulate((sizes[ranks[0]].pop(0) for ranks in ranks_of_chunk), initial=0))
-        ends[-1] += shape.num_mtp_layers
+        last_chunk, chunks = len(ranks_of_chunk) - 1, self.chunks()
         stages = []
         for rank in range(pp):
             held = [chunk for chunk, ranks in enumerate(ranks_of_chunk) if rank in ranks]
-            layers = tuple(layer for chunk in held for layer in range(ends[chunk], ends[chunk + 1]))
+            layers = tuple(layer for chunk in held for layer in chunks[chunk])
             has_head = last_chunk in held
             stages.append(Stage(rank, layers, 0 in held or (has_head and shape.num_mtp_layers > 0), has_head))
         return tuple(stages)
+
+    def chunks(self) -> tuple[tuple[int, ...], ...]:
+        """Layers of each chunk of consecutive layers, first to last; the last one with the MTP modules."""
+        ranks_of_chunk = self._ranks_of_chunk()
+        chunks_per_rank = sum(ranks[0] == 0 for ranks in ranks_of_chunk)
+        layers = self.stage_layers or even_split(self.shape.num_layers, self.layout.pp)
+        sizes = [list(even_split(count, chunks_per_rank)) for count in layers]
+        ends = list(accumulate((sizes[ranks[0]].pop(0) for ranks in ranks_of_chunk), initial=0))
+        ends[-1] += self.shape.num_mtp_layers
+        return tuple(tuple(range(start, end)) for start, end in pairwise(ends))
 
     def _ranks_of_chunk(self) -> list[tuple[int, ...]]:
         """For each chunk of consecutive layers, first to last, the pipeline ranks that hold it."""
