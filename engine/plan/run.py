@@ -44,14 +44,13 @@ class TrainingPlan:
     (ZeRO-1)."""
     offload_optimizer: bool = False
     """Optimizer states live in the host's memory and the CPU updates the weights."""
-    logits: Literal["fused", "materialized"] = "fused"
-    """fused: the head's logits exist a chunk at a time (strop.kernels); materialized: all, as fp32 with gradient (Megatron)."""
+    logits: Literal["fused", "in-place", "materialized"] = "fused"
+    """fused: the head's logits exist a chunk at a time (strop.kernels); in-place: all in 16 bits, their gradient written over
+    them (Transformer Engine's fused cross entropy, which NVIDIA's recipes use); materialized: all, as fp32 with gradient."""
     dispatcher: Dispatcher = "deepep"
     """How tokens reach their experts: NCCL's all-to-all of every copy, or DeepEP / HybridEP: a token goes to a node once."""
     dispatch_dtype_bytes: int = 2
     """Of a hidden element on its way to the experts; 1: FP8 (DeepSeek-V3). It comes back as bf16."""
-    dispatch_dtype_bytes: int = 2
-    """Of a token on its way to the experts and of its gradient: 1 in FP8 (DeepSeek-V3); back they go in bf16."""
     expert_imbalance: float = 1.0
     """Tokens of the busiest expert-parallel rank over the mean; 1 is forced balance."""
     overlap_expert: bool = False
