@@ -18,6 +18,7 @@ from .efficiency import Precision, gemm_seconds, grouped_gemm_seconds, memory_bo
 from .facts import layer_parameters
 from .run import PlannedRun, RolloutPlan
 from .shape import ModelShape
+from .states import attention_rank_matrices
 
 HOST_STEP_SECONDS = 2.5e-3
 """Scheduling, input preparation and output handling of a decoding step, while the GPU waits (fitted on RL rows; vLLM)."""
@@ -87,14 +88,12 @@ class GenerationEngine:
     def weight_bytes(self) -> float:
         """On one GPU: the fullest pipeline rank's layers and, with tp, its share of embedding and head (kept in bf16)."""
         shape, plan = self.shape, self.plan
-        expert_ranks = plan.ep if plan.ep > 1 else plan.tp
-        layers_bytes = 0.0
+        layers_bytes, expert_ranks = 0.0, plan.ep if plan.ep > 1 else plan.tp
         for layer in range(shape.num_layers):
             counts = layer_parameters(shape, layer)
-            split = sum(count for kind, count in counts.items() if kind not in ("experts", "router", "norms"))
-            replicated = _replicated_attention(shape)
-            elements = (split - replicated) / plan.tp + replicated + counts["experts"] / expert_ranks
-            layers_bytes += elements * plan.weights_dtype_bytes + (counts["router"] + counts["norms"]) * 2
+            split = (counts["dense_mlp"] + counts["shared_experts"]) / plan.tp + counts["experts"] / expert_ranks
+            layers_bytes += (attention_rank_matrices(shape, plan.tp) + split) * plan.weights_dtype_bytes
+            layers_bytes += 2 * (counts["router"] + counts["norms"])
         tables = 1 if shape.tie_embeddings else 2
         return layers_bytes / plan.pp + tables * shape.vocab_size * shape.hidden_size * 2 / plan.tp
 
@@ -259,9 +258,3 @@ class GenerationEngine:
     def _kernels(self, layers: range | tuple[int, ...]) -> int:
         products = 8 if self.shape.mla is not None else 4
         return sum(KERNELS[self.shape.kind(layer)] + products for layer in layers)
-
-
-def _replicated_attention(shape: ModelShape) -> int:
-    """Parameters of a layer's attention that every tp rank holds whole: the compressions of latent attention."""
-    mla = shape.mla
-    return shape.hidden_size * (mla.q_rank + mla.kv_rank + mla.rope_dim) if mla is not None else 0

@@ -1,4 +1,4 @@
-"""Seconds of a step's generation: sequences start where slots are free, end as their lengths say, and steps pay for the rest."""
+"""Seconds of a step's generation: sequences start where slots are free, end as their lengths say; a step pays for the rest."""
 
 import heapq
 from dataclasses import dataclass

@@ -1,0 +1,171 @@
+"""Seconds of a GRPO step and what a whole run costs: generation, scoring, log-probs, training and weight sync put together.
+
+Colocated, all GPUs take turns. Split, some only generate; with steps_ahead both sides work at once and the slower one is the
+step. Tokens a second count prompts and responses, over all GPUs (NeMo-RL docs/about/performance-summary.md).
+"""
+
+import math
+from bisect import bisect_left, insort
+from dataclasses import dataclass, replace
+
+from ..config import InputError
+from .devices import DeviceFacts, device_named
+from .lengths import ResponseLengths
+from .rollout import RolloutTime, rollout_time
+from .run import PlannedRun
+from .states import rank_state_bytes
+from .training import StepTime, forward_seconds, train_step
+from .weight_sync import WeightSyncTime, weight_sync_time
+
+SAMPLE_SECONDS = 1.5e-3
+"""Host time of one sample outside generation: collecting, padding, advantages, sending to the trainer's ranks."""
+SWITCH_SECONDS = 3.0
+"""Colocated: engines sleep, wake and drop their cache; allocators give memory back, twice a step."""
+HOST_COPY_FRACTION = 0.25
+"""Achieved of PCIe's bandwidth by copies of optimizer states and weights into pageable host memory, all GPUs of a node."""
+POWER_FRACTION = {"training": 0.9, "rollout": 0.65, "waiting": 0.2}
+"""Of the board's limit: training draws nearly all of it, decoding is bound by memory (POLCA, arXiv 2308.12908, section 3), and
+an idle GPU that holds weights keeps its clocks."""
+LEARNING_PARTS = ("old_logprobs", "reference_logprobs", "training")
+BIN_SAMPLES = 512
+"""Lengths that stand for a step's samples when they are packed."""
+
+
+@dataclass(frozen=True)
+class GrpoStep:
+    """One step; the parts add up to it."""
+
+    parts_seconds: dict[str, float]
+    """Colocated and on-policy split: everything in turn. With steps_ahead: of the training GPUs, rollout_wait among it."""
+    step_seconds: float
+    tokens: float
+    """Prompts and responses of the step's samples."""
+    tokens_per_second_per_gpu: float
+    rollout: RolloutTime
+    training: StepTime
+    """Of one optimizer step; a GRPO step has optimizer_steps x train_epochs of them."""
+    weight_sync: WeightSyncTime
+    rollout_idle_seconds: float
+    """Split: for which the generating GPUs wait for the trainer."""
+
+
+@dataclass(frozen=True)
+class WholeRun:
+    """Of all steps. GPUs alone: without hosts, network, cooling (PUE) and restarts."""
+
+    seconds: float
+    gpu_hours: float
+    energy_kwh: float
+    tokens: float
+    """Trained on; a GRPO run's prompts and responses."""
+
+
+def optimizer_step_run(run: PlannedRun) -> PlannedRun:
+    """The run as its trainer sees one optimizer step of a GRPO step: its batch follows from the samples.
+
+    Samples of a mini-batch are packed best-fit, longest first, into sequences of training.sequence_length_tokens and dealt to
+    the data-parallel replicas. Raises InputError where the longest sample doesn't fit into one.
+    """
+    plan, training = run.rollout, run.training
+    longest, limit = plan.prompt_tokens + plan.max_response_tokens, training.sequence_length_tokens
+    if longest > limit:
+        raise InputError(
+            f"a prompt of {plan.prompt_tokens:g} and a response of {plan.max_response_tokens} tokens don't fit into "
+            f"sequence_length_tokens {limit}: give at least {math.ceil(longest)}"
+        )
+    samples = plan.prompts_per_step * plan.group_size
+    lengths = ResponseLengths.of(plan.mean_response_tokens, plan.max_response_tokens, plan.response_spread)
+    stand_ins = min(samples, BIN_SAMPLES)
+    bins = packed_sequences([plan.prompt_tokens + tokens for tokens in lengths.quantiles(stand_ins)], limit)
+    replica_sequences = bins * samples / stand_ins / plan.optimizer_steps / run.layout.dp
+    microbatches = math.ceil(replica_sequences / training.micro_batch_sequences)
+    if run.layout.schedule == "interleaved":
+        microbatches = math.ceil(microbatches / run.layout.pp) * run.layout.pp
+    tokens = samples * (plan.prompt_tokens + lengths.mean_tokens) / plan.optimizer_steps / run.layout.dp
+    if not plan.pad_packed:
+        limit = math.ceil(tokens / (microbatches * training.micro_batch_sequences))
+    batch = microbatches * run.layout.dp * training.micro_batch_sequences
+    step = replace(training, global_batch_sequences=batch, sequence_length_tokens=limit)
+    return replace(run, training=step, rollout=None, gpus=run.training_gpus, placement="colocated")
+
+
+def packed_sequences(lengths_tokens: list[float], limit_tokens: int) -> int:
+    """Sequences of at most `limit_tokens` that hold samples of these lengths, best fit, longest first."""
+    room: list[float] = []
+    for length in sorted(lengths_tokens, reverse=True):
+        place = bisect_left(room, length)
+        left = room.pop(place) if place < len(room) else limit_tokens
+        insort(room, left - length)
+    return len(room)
+
+
+def grpo_step(run: PlannedRun) -> GrpoStep:
+    """Predict one GRPO step. Raises InputError where engines or samples don't fit (`rollout_time`, `optimizer_step_run`)."""
+    plan = run.rollout
+    if plan is None:
+        raise InputError("this run only trains: give it a rollout to plan a GRPO step")
+    if plan.steps_ahead and run.placement != "split":
+        raise InputError(f"steps_ahead {plan.steps_ahead} needs placement split: colocated GPUs generate and train in turn")
+    rollout, sync, step_run = rollout_time(run), weight_sync_time(run), optimizer_step_run(run)
+    training = train_step(step_run)
+    samples = plan.prompts_per_step * plan.group_size
+    forward = forward_seconds(step_run) * plan.optimizer_steps
+    learner = {
+        "data": samples * SAMPLE_SECONDS,
+        "old_logprobs": forward if plan.old_logprobs else 0.0,
+        "reference_logprobs": forward if plan.reference else 0.0,
+        "training": training.step_seconds * plan.optimizer_steps * plan.train_epochs,
+        "weight_sync": sync.seconds,
+    }
+    generator_seconds = rollout.total_seconds + plan.reward_seconds
+    idle = 0.0
+    if plan.steps_ahead:
+        learner_seconds = sum(learner.values())
+        parts = {"rollout_wait": max(0.0, generator_seconds + sync.seconds - learner_seconds), **learner}
+        idle = max(0.0, learner_seconds - generator_seconds - sync.seconds)
+    else:
+        parts = {
+            "prefill": rollout.prefill_seconds,
+            "decode": rollout.decode_seconds,
+            "tail": rollout.tail_seconds,
+            "reward": plan.reward_seconds,
+            **learner,
+        }
+        if run.placement == "colocated":
+            parts["switch"] = 0.0 if plan.weight_sync == "alias" else SWITCH_SECONDS
+            parts["offload"] = offload_seconds(step_run, device_named(run.device)) if plan.offload_training else 0.0
+        else:
+            idle = sum(learner.values()) - sync.seconds
+    seconds = sum(parts.values())
+    tokens = samples * (plan.prompt_tokens + plan.mean_response_tokens)
+    return GrpoStep(parts, seconds, tokens, tokens / seconds / run.gpus, rollout, training, sync, idle)
+
+
+def offload_seconds(run: PlannedRun, device: DeviceFacts) -> float:
+    """Weights and optimizer states of the fullest rank to the host's memory and back."""
+    states = (rank_state_bytes(run, stage) for stage in run.stages())
+    moved = max(one.weights + one.optimizer for one in states)
+    return 2 * moved / (HOST_COPY_FRACTION * device.pcie_bytes_per_second)
+
+
+def whole_run(run: PlannedRun) -> WholeRun:
+    """All steps of a run. Energy: each GPU's board power by what it does (POWER_FRACTION)."""
+    device = device_named(run.device)
+    if run.rollout is None:
+        step = train_step(run).step_seconds
+        watt_seconds, tokens = run.gpus * step * POWER_FRACTION["training"], run.step_tokens
+    else:
+        grpo = grpo_step(run)
+        step, tokens = grpo.step_seconds, grpo.tokens
+        generating = grpo.rollout.total_seconds * run.rollout_gpus
+        learning = (
+            sum(grpo.parts_seconds[name] for name in ("old_logprobs", "reference_logprobs", "training")) * run.training_gpus
+        )
+        waiting = step * run.gpus - generating - learning
+        watt_seconds = sum(
+            seconds * POWER_FRACTION[name]
+            for name, seconds in (("rollout", generating), ("training", learning), ("waiting", waiting))
+        )
+    seconds = run.steps * step
+    joules = run.steps * watt_seconds * device.power_watts
+    return WholeRun(seconds, seconds * run.gpus / 3600, joules / 3.6e6, run.steps * tokens)

@@ -1,0 +1,68 @@
+"""Seconds from new weights in the trainer to new weights in the engines, by tier (alias, local copy, reshard, stream).
+
+Validated against published times in benchmarks/planner_rl_rows.py: NeMo-RL's reshard and the bucketed streams of NeMo-RL, slime
+and verl.
+"""
+
+from dataclasses import dataclass
+
+from ..config import InputError
+from .decode import GenerationEngine
+from .devices import device_named
+from .efficiency import memory_bound_seconds
+from .facts import total_parameters
+from .run import PlannedRun, WeightSync
+from .shape import ModelShape
+
+TRAINER_BYTES = 2
+"""Of a weight as the trainer sends it."""
+RESHARD_SECONDS = 0.2
+"""Fixed part of a resharding: starting its transfers, barriers (NeMo-RL docs/design-docs/nccl-reshard-refit.md, 4B)."""
+RESHARD_LINK_FRACTION = 0.45
+"""Achieved of the link with many pairs of ranks and unequal blocks (the same document: DeepSeek-V3, Qwen3.5-397B)."""
+STREAM_LINK_FRACTION = 0.54
+"""Achieved of a network card while every tensor is gathered whole by everyone (27 of 50 GB/s: NeMo-RL PRs #634 and #638)."""
+STREAM_TENSOR_SECONDS = 2.5e-4
+"""Host time of one tensor: gather, rename, hand over, load (slime: Qwen3-30B-A3B, 18,900 tensors, 7 s)."""
+
+
+@dataclass(frozen=True)
+class WeightSyncTime:
+    tier: WeightSync
+    received_bytes_per_gpu: float
+    seconds: float
+
+
+def weight_sync_time(run: PlannedRun) -> WeightSyncTime:
+    """One synchronisation. Raises InputError for alias and local copies in split placement: they need the same GPU."""
+    engine, device, tier = GenerationEngine.of(run), device_named(run.device), run.rollout.weight_sync
+    if run.placement == "split" and tier in ("alias", "local_copy"):
+        raise InputError(f"weight_sync {tier} needs placement colocated: trainer and engines share GPUs; use reshard")
+    if tier == "alias":
+        return WeightSyncTime(tier, 0.0, 0.0)
+    if tier == "local_copy":
+        read = engine.weight_bytes * TRAINER_BYTES / run.rollout.weights_dtype_bytes
+        return WeightSyncTime(tier, 0.0, memory_bound_seconds(device, read + engine.weight_bytes))
+    in_one_node = run.gpus <= device.gpus_per_node
+    link = device.nvlink_bytes_per_second if in_one_node else device.nic_bytes_per_second
+    if tier == "stream":
+        received = total_parameters(run.shape) * TRAINER_BYTES
+        seconds = num_tensors(run.shape) * STREAM_TENSOR_SECONDS + received / (STREAM_LINK_FRACTION * link)
+        return WeightSyncTime(tier, received, seconds)
+    received = engine.weight_bytes
+    sent = received * run.rollout_gpus / run.training_gpus  # every trainer GPU serves as many copies as its share asks for
+    return WeightSyncTime(tier, received, RESHARD_SECONDS + max(received, sent) / (RESHARD_LINK_FRACTION * link))
+
+
+def num_tensors(shape: ModelShape) -> int:
+    """Weight tensors as a Hugging Face checkpoint stores them, each expert's projections apart."""
+    attention = (7 if shape.mla.q_rank else 6) if shape.mla is not None else 4 + 3 * shape.qkv_bias + 2 * shape.qk_norm
+    layers = 0
+    for layer in range(shape.num_layers):
+        layers += attention + 2
+        if shape.kind(layer) == "dense":
+            layers += 3
+        else:
+            shared = 3 if shape.moe.shared_intermediate_size else 0
+            layers += 3 * shape.moe.num_experts + shared + 1 + shape.moe.router_bias
+    return layers + (2 if shape.tie_embeddings else 3)
