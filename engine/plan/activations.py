@@ -1,0 +1,215 @@
+"""Activation memory, tensor by tensor: what each layer keeps for its backward pass and what that pass needs while it runs.
+
+The list is that of a Megatron / Transformer Engine layer with flash attention, which the engine's own layers follow: every
+product keeps its input (in FP8 where it multiplies FP8), a norm its input and its output, attention q, k, v, its output and the
+log-sum-exp, SwiGLU the output of the product before it. Checked against Korthikanti et al. (arXiv 2205.05198), whose
+34 bytes a token and hidden element it becomes for a GPT layer, and against measured peaks (benchmarks/planner_memory_rows.py).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .run import PlannedRun, RecomputePart, Stage
+
+LSE_BYTES = 4
+ROUTER_BYTES = 9
+"""A token and expert: fp32 logits and probabilities, and the map of who goes where."""
+FUSED_LOGITS_BYTES = 512 * 2**20
+"""What strop.kernels lets logits and their gradient take on a GPU (BUFFER_BYTES of kernels/lm_head.py)."""
+LOGIT_BYTES = {"in-place": 2, "materialized": 12}
+"""A logit, at the moment that holds most. in-place: 16 bits, the gradient takes their place. materialized, with torch's
+cross_entropy(logits.float()): the fp32 log-softmax, its gradient and the logits' gradient."""
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """A tensor that one layer keeps of one micro-batch on one rank until its backward pass has used it."""
+
+    name: str
+    bytes: float
+    recomputed_by: frozenset[RecomputePart]
+    """It isn't kept if any of these parts is recomputed."""
+
+
+def saved_tensors(run: PlannedRun, layer: int) -> tuple[SavedTensor, ...]:
+    """All tensors of one layer (or MTP module), as if nothing were recomputed."""
+    mlp = _dense_mlp(run) if run.shape.kind(layer) == "dense" else _moe(run)
+    attention = _grouped_query_attention(run) if run.shape.mla is None else _latent_attention(run)
+    return (*_norms(run, layer), *attention, *mlp)
+
+
+def kept_bytes(run: PlannedRun, layer: int) -> float:
+    """Bytes of one layer and micro-batch that wait for the backward pass."""
+    recomputed = set(run.training.recompute)
+    return sum(tensor.bytes for tensor in saved_tensors(run, layer) if not tensor.recomputed_by & recomputed)
+
+
+def in_flight(run: PlannedRun, rank: int) -> float:
+    """Most micro-batches whose activations a pipeline rank holds at once, in units of all layers of that rank.
+
+    1F1B: pp - rank. Interleaved: 2 (pp - 1 - rank) + (vpp - 1) pp + 1 chunks of 1 / vpp (Megatron's warm-up and one), on the
+    first rank 1 + (pp - 1) / (pp vpp) times 1F1B's. Zero bubble (ZB-H1, arXiv 2401.10241): pp on every rank, since weight
+    gradients wait. DualPipe: pp + 1 stages, DualPipeV: 2 pp + 1 half-sized ones, of which a rank holds two (arXiv 2412.19437,
+    Table 2, and the DualPipe repository). Never more than the micro-batches that there are.
+    """
+    layout, available = run.layout, run.microbatches
+    pp = layout.pp
+    if pp == 1:
+        return 1
+    if layout.schedule == "interleaved":
+        return min((2 * (pp - 1 - rank) + (layout.vpp - 1) * pp + 1) / layout.vpp, available)
+    if layout.schedule == "zero-bubble":
+        return min(pp, available)
+    if layout.schedule == "dualpipe":
+        return min(pp + 1, available) / 2
+    if layout.schedule == "dualpipev":
+        return min((2 * pp + 1) / 2, available)
+    return min(pp - rank, available)
+
+
+def stage_kept_bytes(run: PlannedRun, stage: Stage) -> float:
+    """Of all layers and micro-batches in flight on a pipeline rank, and the last norm's input and output."""
+    last_norm = 2 * _split_tokens(run) * run.shape.hidden_size * _element_bytes(run) if stage.has_head else 0
+    return sum(kept_bytes(run, layer) for layer in stage.layers) * in_flight(run, stage.index) + last_norm
+
+
+def layer_working_bytes(run: PlannedRun, stage: Stage) -> float:
+    """While the backward pass is in one layer: what it has computed again there, and gradients on their way; the worst layer.
+
+    Gradients: of the MLP's or the attention's wide tensors, whichever are larger, and of the hidden state, whole where sequence
+    parallelism gathers it; with experts also the dispatched tokens' gradient beside its send buffer. A gradient as wide as a
+    saved tensor that its making sets free isn't counted (SwiGLU's output).
+    """
+    recomputed = set(run.training.recompute)
+    worst = 0.0
+    for layer in stage.layers:
+        tensors = saved_tensors(run, layer)
+        again = sum(tensor.bytes for tensor in tensors if tensor.recomputed_by & recomputed)
+        worst = max(worst, again + _gradient_bytes(run, layer))
+    return worst
+
+
+def head_working_bytes(run: PlannedRun, stage: Stage) -> tuple[float, float]:
+    """While the backward pass is in the head: (bytes of logits and their gradient, bytes of anything else); 0 without a head.
+
+    Logits are split over the tensor-parallel ranks, once more for each MTP module. Anything else: the hidden state gathered,
+    and its gradient.
+    """
+    if not stage.has_head:
+        return 0.0, 0.0
+    shape, training, tokens = run.shape, run.training, run.microbatch_tokens
+    rows = shape.vocab_size / run.layout.tp
+    hidden = 2 * tokens * shape.hidden_size * _element_bytes(run)
+    if training.logits == "fused":
+        return min(FUSED_LOGITS_BYTES, LOGIT_BYTES["materialized"] * tokens * rows), hidden
+    return LOGIT_BYTES[training.logits] * tokens * rows * (1 + shape.num_mtp_layers), hidden
+
+
+def _element_bytes(run: PlannedRun) -> int:
+    return 4 if run.training.precision == "fp32" else 2
+
+
+def _product_input_bytes(run: PlannedRun) -> int:
+    """Of an element kept as a product's input alone: Transformer Engine keeps it in FP8 if the product is."""
+    return 1 if run.training.precision.startswith("fp8") else _element_bytes(run)
+
+
+def _is_ulysses(run: PlannedRun) -> bool:
+    return run.layout.cp > 1 and run.layout.cp_kind == "ulysses"
+
+
+def _split_tokens(run: PlannedRun) -> float:
+    """Tokens of a micro-batch in norms and residuals of one rank: sequence parallelism splits them over the tp ranks."""
+    return run.microbatch_tokens / (run.layout.tp if run.layout.sp else 1)
+
+
+def _tensor(name: str, size: float, *recomputed_by: RecomputePart) -> SavedTensor:
+    return SavedTensor(name, size, frozenset(("layer", *recomputed_by)))
+
+
+def _norms(run: PlannedRun, layer: int) -> Iterator[SavedTensor]:
+    state = _split_tokens(run) * run.shape.hidden_size
+    moe = run.shape.kind(layer) == "moe"  # the router reads 16 bits
+    yield SavedTensor("layer input", state * _element_bytes(run), frozenset())
+    yield _tensor("attention norm output", state * _product_input_bytes(run), "norms")
+    yield _tensor("state after attention", state * _element_bytes(run))
+    yield _tensor("mlp norm output", state * (_element_bytes(run) if moe else _product_input_bytes(run)), "norms")
+
+
+def _grouped_query_attention(run: PlannedRun) -> Iterator[SavedTensor]:
+    """Heads are split over tensor-parallel ranks. v is a view of the projection's output, which it keeps alive as a whole; q
+    and k were rotated into tensors of their own. An all-to-all over heads (Ulysses) makes a new v too."""
+    shape, tokens, element = run.shape, run.microbatch_tokens, _element_bytes(run)
+    heads = shape.num_heads / run.layout.tp
+    query = tokens * heads * shape.head_dim * element
+    key = tokens * max(shape.num_kv_heads / run.layout.tp, 1) * shape.head_dim * element
+    yield _tensor("v", key) if _is_ulysses(run) else _tensor("qkv projection output", query + 2 * key)
+    yield _tensor("q", query)
+    yield _tensor("k", key)
+    if shape.qk_norm:
+        yield _tensor("q norm input", query)  # a copy: heads of one group are not contiguous in the projection's output
+    yield from _attention_output(run, query, heads)
+
+
+def _latent_attention(run: PlannedRun) -> Iterator[SavedTensor]:
+    """MLA in its training form: compressed vectors on every rank, up-projected heads split."""
+    shape, mla, tokens, element = run.shape, run.shape.mla, run.microbatch_tokens, _element_bytes(run)
+    heads = shape.num_heads / run.layout.tp
+    compressed = _split_tokens(run) * (mla.q_rank + mla.kv_rank)
+    yield _tensor("compressed q and kv, shared key", compressed * element + _split_tokens(run) * mla.rope_dim * element)
+    yield _tensor("compressed norms' output", compressed * _product_input_bytes(run), "norms")
+    yield _tensor("q", tokens * heads * (mla.nope_dim + mla.rope_dim) * element, "mla_up_projection")
+    yield _tensor("k", tokens * heads * (mla.nope_dim + mla.rope_dim) * element, "mla_up_projection")
+    yield _tensor("v", tokens * heads * mla.value_dim * element, "mla_up_projection")
+    yield from _attention_output(run, tokens * heads * mla.value_dim * element, heads)
+
+
+def _attention_output(run: PlannedRun, size: float, heads: float) -> Iterator[SavedTensor]:
+    """One tensor for attention and the projection behind it; two where that one reads FP8, or where an all-to-all over heads
+    (Ulysses) lies between them."""
+    yield _tensor("attention output", size)
+    if run.training.precision.startswith("fp8"):
+        yield _tensor("output projection input", size / 2)
+    elif _is_ulysses(run):
+        yield _tensor("output projection input", size)
+    yield _tensor("log-sum-exp", run.microbatch_tokens * heads * LSE_BYTES, "core_attention")
+
+
+def _dense_mlp(run: PlannedRun) -> Iterator[SavedTensor]:
+    width = run.microbatch_tokens * run.shape.dense_intermediate_size / run.layout.tp
+    yield _tensor("gate and up", 2 * width * _element_bytes(run), "dense_mlp")
+    yield _tensor("SwiGLU output", width * _product_input_bytes(run), "activation", "dense_mlp")
+
+
+def _moe(run: PlannedRun) -> Iterator[SavedTensor]:
+    """Expert tensors are those of the busiest rank. The router's probabilities multiply the SwiGLU output, so that the second
+    product's output need not be kept (Megatron, moe_permute_fusion)."""
+    shape, moe, tokens = run.shape, run.shape.moe, _split_tokens(run)
+    copies, width = _dispatched_tokens(run), moe.expert_intermediate_size / run.layout.etp
+    yield _tensor("router", tokens * moe.num_experts * ROUTER_BYTES, "experts")
+    yield _tensor("dispatched tokens", copies * shape.hidden_size * _product_input_bytes(run), "experts")
+    yield _tensor("experts' gate and up", 2 * copies * width * _element_bytes(run), "experts")
+    yield _tensor("experts' SwiGLU output", copies * width * _product_input_bytes(run), "activation", "experts")
+    if moe.shared_intermediate_size:
+        shared = run.microbatch_tokens * moe.shared_intermediate_size / run.layout.tp
+        yield _tensor("shared experts' gate and up", 2 * shared * _element_bytes(run), "experts")
+        yield _tensor("shared experts' SwiGLU output", shared * _product_input_bytes(run), "activation", "experts")
+
+
+def _dispatched_tokens(run: PlannedRun) -> float:
+    """Copies of tokens that the busiest expert-parallel rank computes of one micro-batch of each."""
+    return _split_tokens(run) * run.shape.moe.top_k * run.layout.etp * run.training.expert_imbalance
+
+
+def _gradient_bytes(run: PlannedRun, layer: int) -> float:
+    shape, tokens, element = run.shape, run.microbatch_tokens, _element_bytes(run)
+    tp = run.layout.tp
+    if shape.kind(layer) == "dense":
+        mlp = 2 * tokens * shape.dense_intermediate_size / tp
+    else:
+        copies = _dispatched_tokens(run)
+        mlp = 2 * copies * (shape.moe.expert_intermediate_size / run.layout.etp + shape.hidden_size)
+    widths = (shape.mla.nope_dim + shape.mla.rope_dim, shape.mla.value_dim) if shape.mla else (shape.head_dim, shape.head_dim)
+    key_heads = shape.num_heads / tp if shape.mla else max(shape.num_kv_heads / tp, 1)
+    attention = tokens * (shape.num_heads / tp * sum(widths) + key_heads * sum(widths))
+    return (max(mlp, attention) + 2 * tokens * shape.hidden_size) * element

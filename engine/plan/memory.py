@@ -1,0 +1,199 @@
+"""Device memory of each pipeline rank, by part, in the training phase and (colocated) while the rollout engines generate.
+
+Bytes are those of the moment that holds most. The parts of a phase add up to its total.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .activations import head_working_bytes, layer_working_bytes, stage_kept_bytes
+from .devices import device_named
+from .facts import kv_bytes_per_token, parameters
+from .run import PlannedRun, Stage
+from .states import gradient_placeholder_bytes, layer_rank_parameters, rank_parameters, rank_state_bytes, replicas
+
+Phase = Literal["training", "rollout"]
+PARTS = (
+    "weights", "gradients", "optimizer", "activations", "logits", "communication", "rollout_weights", "kv_cache", "margin",
+)  # fmt: skip
+GIB = 2**30
+FRAGMENTATION = 0.05
+"""Memory that PyTorch's allocator holds beyond the peak of what is allocated, as a fraction of that: fitted on the 19 layouts of
+MooreThreads/SimuMax docs/b200/b200_release_v1.2_summary.json (1.03 to 1.09, median 1.05). Expandable segments need less."""
+CONTEXT_BYTES = 0.52 * GIB
+"""A CUDA context and its libraries' handles."""
+COMMUNICATOR_BYTES = 0.4 * GIB
+"""NCCL's channel buffers of one process group."""
+KERNELS_BYTES = 3.0 * GIB
+"""Loaded kernels, cuBLAS and attention workspaces, and the buffers of the first all-to-all. All three constants: measured on
+H100 (pp 4, ep 8) by mlc-ai/pith-train, tools/memory_estimator/__main__.py: 5.84 GiB in all with FSDP's 0.96. Megatron-LM pull
+request 6429 has 68,973 MB used on a device of which the allocator reserved 62,570 (pp 4, ep 16): 6.3 GiB, here 5.1."""
+GATHERED_UNITS = 2
+"""Layers whose FSDP-sharded weights are whole at once: the one that computes and the one that is being gathered."""
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """One pipeline rank in one phase."""
+
+    stage: Stage
+    phase: Phase
+    parts_bytes: dict[str, float]
+    """By name of PARTS, on the device. logits: 0 where the peak is in a layer's backward pass, when they are gone."""
+    host_bytes: float
+    """In the host's memory, for each of the ranks of this stage."""
+
+    @property
+    def total_bytes(self) -> float:
+        return sum(self.parts_bytes.values())
+
+    @property
+    def allocated_bytes(self) -> float:
+        """What torch.cuda.max_memory_allocated() would say: without fragmentation, CUDA context and NCCL."""
+        return self.total_bytes - self.parts_bytes["margin"]
+
+    @property
+    def reserved_bytes(self) -> float:
+        """What torch.cuda.max_memory_reserved() would say."""
+        return self.allocated_bytes * (1 + FRAGMENTATION)
+
+
+def memory_per_rank(run: PlannedRun) -> tuple[StageMemory, ...]:
+    """Each pipeline rank of training in the phase that needs more of its device."""
+    phases = [training_memory(run)]
+    if run.rollout is not None and run.placement == "colocated":
+        phases.append(colocated_rollout_memory(run))
+    return tuple(max(stage, key=lambda memory: memory.total_bytes) for stage in zip(*phases, strict=True))
+
+
+def worst_stage(memories: tuple[StageMemory, ...]) -> StageMemory:
+    """The rank that needs most; of equals the first."""
+    return max(memories, key=lambda memory: memory.total_bytes)
+
+
+def device_capacity_bytes(run: PlannedRun) -> float:
+    """Memory of the run's device as its driver reports it. Raises InputError for an unknown device."""
+    return device_named(run.device).hbm_bytes
+
+
+def fits(run: PlannedRun) -> bool:
+    """Whether every rank fits its device in both phases, and with split placement the generating GPUs too.
+
+    A rollout engine fits where anything is left for its KV cache.
+    """
+    capacity = device_capacity_bytes(run)
+    if any(memory.total_bytes > capacity for memory in memory_per_rank(run)):
+        return False
+    return run.rollout is None or rollout_kv_cache_bytes(run) > 0
+
+
+def training_memory(run: PlannedRun) -> tuple[StageMemory, ...]:
+    """Every pipeline rank while it trains. Own weights and KV cache of colocated rollout engines have been given back."""
+    memories = []
+    for stage in run.stages():
+        states = rank_state_bytes(run, stage)
+        kept, layer = stage_kept_bytes(run, stage), layer_working_bytes(run, stage)
+        logits, head = head_working_bytes(run, stage)
+        at_head = logits + head > layer
+        parts = _parts(
+            weights=states.weights,
+            gradients=states.gradients + gradient_placeholder_bytes(run, stage),
+            optimizer=states.optimizer,
+            activations=kept + (head if at_head else layer),
+            logits=logits if at_head else 0.0,
+            communication=communication_bytes(run, stage),
+        )
+        memories.append(StageMemory(stage, "training", _with_margin(run, parts), states.host))
+    return tuple(memories)
+
+
+def colocated_rollout_memory(run: PlannedRun) -> tuple[StageMemory, ...]:
+    """Every pipeline rank of training while the engines on the same GPUs generate.
+
+    Of training, weights and optimizer states stay, unless RolloutPlan.offload_training moves them to the host; gradients, which
+    every step makes anew, and activations are gone. The KV cache takes what RolloutPlan.memory_fraction of the device leaves
+    beside the weights it generates with: the trainer's own (weight_sync alias) or a copy in the rollout's layout and dtype.
+    """
+    alias = run.rollout.weight_sync == "alias"
+    memories = []
+    for stage in run.stages():
+        states = rank_state_bytes(run, stage)
+        away = run.rollout.offload_training and not alias
+        parts = _parts(
+            weights=0.0 if away else states.weights,
+            optimizer=0.0 if run.rollout.offload_training else states.optimizer,
+            rollout_weights=0.0 if alias else rollout_weight_bytes(run),
+            kv_cache=rollout_kv_cache_bytes(run),
+        )
+        host = states.host + (states.weights if away else 0.0) + (states.optimizer if run.rollout.offload_training else 0.0)
+        memories.append(StageMemory(stage, "rollout", _with_margin(run, parts), host))
+    return tuple(memories)
+
+
+def rollout_weight_bytes(run: PlannedRun) -> float:
+    """Weights on one GPU of a rollout engine of its own layout: tp splits all matrices, ep (where above 1) the experts instead."""
+    rollout, counts = run.rollout, parameters(run.shape)
+    experts = counts["experts"] / max(rollout.ep, rollout.tp)
+    replicated = counts["norms"] + counts["router"]
+    split = sum(counts.values()) - counts["experts"] - counts["mtp"] - replicated
+    tied_head = counts["embedding"] if run.shape.tie_embeddings and rollout.pp > 1 else 0
+    return (experts + replicated + (split + tied_head) / rollout.tp) / rollout.pp * rollout.weights_dtype_bytes
+
+
+def rollout_kv_cache_bytes(run: PlannedRun) -> float:
+    """What one generating GPU has for its KV cache; 0 where the weights leave nothing of memory_fraction."""
+    if run.rollout.weight_sync == "alias" and run.placement == "colocated":
+        weights = max(rank_state_bytes(run, stage).weights for stage in run.stages())
+    else:
+        weights = rollout_weight_bytes(run)
+    return max(run.rollout.memory_fraction * device_capacity_bytes(run) - weights, 0.0)
+
+
+def rollout_kv_capacity_tokens(run: PlannedRun) -> float:
+    """Tokens whose keys and values the KV cache of one engine (tp x pp GPUs) holds; tp splits the KV heads it can."""
+    rollout, shape = run.rollout, run.shape
+    splits = 1 if shape.mla is not None else min(rollout.tp, shape.num_kv_heads)
+    per_gpu = kv_bytes_per_token(shape, rollout.kv_dtype_bytes) / splits / rollout.pp
+    return rollout_kv_cache_bytes(run) / per_gpu
+
+
+def communication_bytes(run: PlannedRun, stage: Stage) -> float:
+    """Buffers of collectives in PyTorch's allocator: FSDP's gathered weights and whole gradients, the two keys and values in
+    flight of ring attention, tensors between pipeline ranks. Dispatched tokens are with the activations; ZeRO-1 reduces and
+    gathers in the buffers that hold gradients and weights."""
+    training, layout, shape = run.training, run.layout, run.shape
+    element = 4 if training.precision == "fp32" else 2
+    total = _fsdp_bytes(run, stage, element) if training.fsdp else 0.0
+    if layout.cp > 1 and layout.cp_kind == "ring":
+        key_value = 2 * max(shape.num_kv_heads / layout.tp, 1) * shape.head_dim  # MLA's are up-projected, as many as heads
+        total += 2 * run.microbatch_tokens * key_value * element
+    if layout.pp > 1:
+        total += 2 * run.microbatch_tokens / (layout.tp if layout.sp else 1) * shape.hidden_size * element
+    return total
+
+
+def _fsdp_bytes(run: PlannedRun, stage: Stage, element: int) -> float:
+    """Without a pipeline, layers are gathered one by one, and again in the backward pass. With one, that would be done for every
+    micro-batch, so gathered weights stay and gradients add up whole (torchtitan's reshard_after_forward "default")."""
+    dense_shards, expert_shards = replicas(run)
+    gradient = run.training.gradient_dtype_bytes
+    if run.layout.pp > 1:
+        whole = rank_parameters(run, stage)
+        sharded = whole.dense * (dense_shards > 1) + whole.experts * (expert_shards > 1)
+        return sharded * (element + gradient)
+    layers = [layer_rank_parameters(run, layer) for layer in stage.layers]
+    units = [layer.dense * (dense_shards > 1) + layer.experts * (expert_shards > 1) for layer in layers]
+    vocabulary = run.shape.vocab_size * run.shape.hidden_size / run.layout.tp * (dense_shards > 1)
+    largest = max(*units, vocabulary)
+    return GATHERED_UNITS * largest * element + largest * (element + gradient)
+
+
+def _with_margin(run: PlannedRun, parts: dict[str, float]) -> dict[str, float]:
+    layout = run.layout
+    groups = 1 + sum(size > 1 for size in (layout.tp, layout.cp, layout.pp, layout.dp, layout.ep))
+    outside = CONTEXT_BYTES + KERNELS_BYTES + (COMMUNICATOR_BYTES * groups if run.gpus > 1 else 0.0)
+    return parts | {"margin": outside + FRAGMENTATION * sum(parts.values())}
+
+
+def _parts(**known: float) -> dict[str, float]:
+    return dict.fromkeys(PARTS, 0.0) | known
