@@ -202,7 +202,7 @@ class PlannedRun:
         directions). DualPipeV: rank r holds chunks r and 2 pp - 1 - r, so the first rank has embedding and head.
         MTP modules follow the last layer. A rank's layers are divided evenly over its chunks, the first taking one more.
         """
-        pp, shape, ranks_of_chunk = self.layout.pp, self.shape, self._ranks_of_chunk()
+        pp, shape, ranks_of_chunk = self.layout.pp, self.shape, self.ranks_of_chunk()
         last_chunk, chunks = len(ranks_of_chunk) - 1, self.chunks()
         stages = []
         for rank in range(pp):
@@ -214,7 +214,7 @@ class PlannedRun:
 
     def chunks(self) -> tuple[tuple[int, ...], ...]:
         """Layers of each chunk of consecutive layers, first to last; the last one with the MTP modules."""
-        ranks_of_chunk = self._ranks_of_chunk()
+        ranks_of_chunk = self.ranks_of_chunk()
         chunks_per_rank = sum(ranks[0] == 0 for ranks in ranks_of_chunk)
         layers = self.stage_layers or even_split(self.shape.num_layers, self.layout.pp)
         sizes = [list(even_split(count, chunks_per_rank)) for count in layers]
@@ -222,7 +222,7 @@ class PlannedRun:
         ends[-1] += self.shape.num_mtp_layers
         return tuple(tuple(range(start, end)) for start, end in pairwise(ends))
 
-    def _ranks_of_chunk(self) -> list[tuple[int, ...]]:
+    def ranks_of_chunk(self) -> list[tuple[int, ...]]:
         """For each chunk of consecutive layers, first to last, the pipeline ranks that hold it."""
         pp = self.layout.pp
         if self.layout.schedule == "interleaved":

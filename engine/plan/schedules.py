@@ -76,7 +76,11 @@ def pipeline_time(
     settled = _settled_microbatches(schedule, pp, microbatches)
     if microbatches <= settled + pp:
         with_hops, busy = _run(schedule, tuple(stages), pp, per_rank, microbatches, hop_seconds, paired, contention)
-        without = with_hops if not hop_seconds else _run(schedule, tuple(stages), pp, per_rank, microbatches, 0.0, paired, contention)[0]
+        without = (
+            with_hops
+            if not hop_seconds
+            else _run(schedule, tuple(stages), pp, per_rank, microbatches, 0.0, paired, contention)[0]
+        )
     else:
         more = settled + pp
         factor = (microbatches - settled) / pp
@@ -104,7 +108,9 @@ def _program(schedule: PipelineSchedule, pp: int, per_rank: int, microbatches: i
     """
     if schedule in ("dualpipe", "dualpipev"):
         if microbatches < 2 * pp:
-            raise InputError(f"schedule {schedule} with pp {pp} needs at least {2 * pp} micro-batches a step, not {microbatches}")
+            raise InputError(
+                f"schedule {schedule} with pp {pp} needs at least {2 * pp} micro-batches a step, not {microbatches}"
+            )
         orders = (dualpipe if schedule == "dualpipe" else dualpipev)(pp, microbatches)
     elif schedule == "zero-bubble":
         if paired:
@@ -135,7 +141,9 @@ def _compile(orders: Sequence[Sequence[Slot]]):
                 if not all(need is None or need in made for need in needs):
                     break
                 # What its own rank made is there when the rank is free.
-                indices = [-1 if need is None or one.is_local(last) else made[need] for one, need in zip(slot, needs, strict=True)]
+                indices = [
+                    -1 if need is None or one.is_local(last) else made[need] for one, need in zip(slot, needs, strict=True)
+                ]
                 key = (tuple(one.work for one in slot), tuple(one.stage for one in slot))
                 for one in slot:
                     made[one.makes] = len(program)
@@ -176,7 +184,9 @@ def _run(
     return max(free), tuple(busy)
 
 
-def _slot_seconds(stages: Sequence[StageSeconds], works: tuple[str, ...], at: tuple[int, ...], contention: float | None) -> float:
+def _slot_seconds(
+    stages: Sequence[StageSeconds], works: tuple[str, ...], at: tuple[int, ...], contention: float | None
+) -> float:
     """Seconds of a slot; contention None: passes in one slot follow each other."""
     if len(works) == 2 and contention is not None:
         return pair_seconds(stages[at[0]], stages[at[1]], contention)

@@ -121,7 +121,9 @@ def dualpipe(pp: int, microbatches: int) -> list[list[Slot]]:
 
     Micro-batches 0 .. m/2 - 1 enter at rank 0, the others at the last rank, whose stages are counted from there.
     """
-    assert pp % 2 == 0 and microbatches % 2 == 0 and microbatches >= 2 * pp, f"DualPipe with pp {pp}, {microbatches} micro-batches"
+    assert pp % 2 == 0 and microbatches % 2 == 0 and microbatches >= 2 * pp, (
+        f"DualPipe with pp {pp}, {microbatches} micro-batches"
+    )
     orders = []
     for rank in range(pp):
         near, far = (rank, pp - 1 - rank) if rank < pp // 2 else (pp - 1 - rank, rank)
@@ -191,7 +193,9 @@ def _two_way_order(half: int, position: int, stages: tuple[int, int], starts: tu
     return order
 
 
-def simulate(orders: Sequence[Sequence[Slot]], seconds: Callable[[int, Slot], float], hop_seconds: float = 0.0) -> list[Interval]:
+def simulate(
+    orders: Sequence[Sequence[Slot]], seconds: Callable[[int, Slot], float], hop_seconds: float = 0.0
+) -> list[Interval]:
     """Run every rank's slots in order, each as soon as what it needs has arrived; intervals of all ranks, by rank and time.
 
     `seconds(rank, slot)` is the duration of a slot; `hop_seconds` is the time from one stage to the next.

@@ -1,0 +1,224 @@
+"""What one pipeline rank says to others while a micro-batch passes a layer, and how much of it computation hides."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .collectives import (
+    Axis,
+    CollectiveKind,
+    collective_seconds,
+    combine_seconds,
+    dispatch_seconds,
+    expected_places,
+    members_per_node,
+    wire_bytes,
+)
+from .layer_time import BF16_BYTES, Operation, Work
+from .run import Dispatcher
+from .shape import MoeShape
+from .states import layer_rank_parameters
+
+DISPATCHER_MULTIPROCESSORS: dict[Dispatcher, int] = {"alltoall": 16, "deepep": 20, "hybridep": 32}
+"""Held while tokens travel: NCCL's channels; DeepEP's default (DeepSeek-V3, arXiv 2412.19437, section 3.2.2: 20 of 132); those
+given to HybridEP in Megatron Bridge's H100 recipes."""
+NCCL_MULTIPROCESSORS = 16
+"""Held by the channels of other collectives."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A collective of one layer and micro-batch."""
+
+    axis: Axis
+    kind: str
+    """A CollectiveKind, or dispatch / combine."""
+    direction: Literal["forward", "backward"]
+    sent_bytes: float
+    """By this rank."""
+    seconds: float
+    exposed_seconds: float
+    """What nothing inside the layer hides."""
+    count: int = 1
+
+
+def contention_share(work: Work, multiprocessors: int) -> float:
+    """By how much computation slows down beside a transfer that holds this many multiprocessors."""
+    return multiprocessors / (work.device.streaming_multiprocessors - multiprocessors)
+
+
+def layer_exchanges(work: Work, layer: int, operations: dict[str, Operation]) -> list[Exchange]:
+    """Forward and backward exchanges of a layer, those of recomputation among the backward ones."""
+    shape, layout, recompute = work.run.shape, work.run.layout, work.run.training.recompute
+    whole = "layer" in recompute
+    exchanges: list[Exchange] = []
+    if layout.tp > 1:
+        exchanges += _repeated(_tensor_parallel(work, layer, operations), whole)
+    if layout.cp > 1:
+        exchanges += _repeated(_context_parallel(work, operations), whole or "core_attention" in recompute)
+    if shape.kind(layer) == "moe":
+        exchanges += _repeated(_expert_parallel(work, shape.moe, operations), whole or "experts" in recompute)
+    return exchanges
+
+
+def _repeated(exchanges: list[Exchange], recomputed: bool) -> list[Exchange]:
+    again = [one for one in exchanges if one.direction == "forward"] if recomputed else []
+    return exchanges + [
+        Exchange(one.axis, one.kind, "backward", one.sent_bytes, one.seconds, one.exposed_seconds, one.count) for one in again
+    ]
+
+
+def collective(work: Work, axis: Axis, kind: CollectiveKind, payload_bytes: float) -> tuple[float, float]:
+    """(bytes sent, seconds) of one collective over all ranks of an axis; payload as in `collectives.wire_bytes`."""
+    layout = work.run.layout
+    size = {"zero": layout.dp * layout.cp, "edp": work.run.edp}.get(axis) or getattr(layout, axis)
+    near = members_per_node(layout, axis, work.device.gpus_per_node)
+    return wire_bytes(kind, payload_bytes, size), collective_seconds(work.device, kind, payload_bytes, size, near)
+
+
+def _tensor_parallel(work: Work, layer: int, operations: dict[str, Operation]) -> list[Exchange]:
+    """Megatron's f and g (arXiv 1909.08053; with sequence parallel all-gather and reduce-scatter, arXiv 2205.05198)."""
+    shape = work.run.shape
+    wide = BF16_BYTES * work.tokens * shape.hidden_size
+    exchanges: list[Exchange] = []
+    if shape.mla is None:
+        exchanges += column(work, wide, operations["qkv"])
+    else:
+        latent = BF16_BYTES * work.tokens
+        if shape.mla.q_rank:
+            exchanges += column(work, latent * shape.mla.q_rank, operations["q_up"])
+        else:
+            exchanges += column(work, wide, operations["q"])
+        exchanges += column(work, latent * (shape.mla.kv_rank + shape.mla.rope_dim), operations["kv_up"])
+    exchanges += row(work, wide, operations["attention_output"])
+    name = "dense" if shape.kind(layer) == "dense" else "shared"
+    if f"{name}_down" in operations:
+        exchanges += column(work, wide, operations[f"{name}_gate_up"]) + row(work, wide, operations[f"{name}_down"])
+    return exchanges
+
+
+def column(work: Work, payload_bytes: float, product: Operation) -> list[Exchange]:
+    """Of a product whose output columns are divided over tp: its input is gathered, its input's gradient summed.
+
+    Backward, the sum runs beside the weight gradient and the second gathering of the input beside the input gradient.
+    """
+    if not work.run.layout.sp:
+        return [_beside(work, "all_reduce", "backward", payload_bytes, product.backward_weight_seconds)]
+    return [
+        _in_pieces(work, "all_gather", "forward", payload_bytes, product.forward_seconds),
+        _beside(work, "all_gather", "backward", payload_bytes, product.backward_input_seconds),
+        _beside(work, "reduce_scatter", "backward", payload_bytes, product.backward_weight_seconds),
+    ]
+
+
+def row(work: Work, payload_bytes: float, product: Operation) -> list[Exchange]:
+    """Of a product whose input columns are divided over tp: its output is summed, its output's gradient gathered."""
+    if not work.run.layout.sp:
+        return [_beside(work, "all_reduce", "forward", payload_bytes, 0.0)]
+    return [
+        _in_pieces(work, "reduce_scatter", "forward", payload_bytes, product.forward_seconds),
+        _in_pieces(work, "all_gather", "backward", payload_bytes, product.backward_input_seconds),
+    ]
+
+
+def _in_pieces(
+    work: Work, kind: CollectiveKind, direction: Literal["forward", "backward"], payload_bytes: float, product_seconds: float
+) -> Exchange:
+    """overlap_tensor: product and collective in tp pieces; the first (last) piece of the collective has nothing beside it."""
+    tp = work.run.layout.tp
+    sent, seconds = collective(work, "tp", kind, payload_bytes)
+    hidden = min(seconds, product_seconds) * (1 - 1 / tp) if work.run.training.overlap_tensor else 0.0
+    return Exchange("tp", kind, direction, sent, seconds, seconds - hidden)
+
+
+def _beside(
+    work: Work, kind: CollectiveKind, direction: Literal["forward", "backward"], payload_bytes: float, product_seconds: float
+) -> Exchange:
+    """A collective that runs beside a whole product and slows it down."""
+    sent, seconds = collective(work, "tp", kind, payload_bytes)
+    return Exchange("tp", kind, direction, sent, seconds, seconds - hidden_seconds(work, seconds, product_seconds))
+
+
+def hidden_seconds(work: Work, seconds: float, compute_seconds: float) -> float:
+    """Of a collective beside computation of this length, the seconds that don't prolong it: the collective's channels hold
+    multiprocessors, so computation beside it is slower."""
+    return min(compute_seconds, seconds / (1 + contention_share(work, NCCL_MULTIPROCESSORS)))
+
+
+def _context_parallel(work: Work, operations: dict[str, Operation]) -> list[Exchange]:
+    """Ring: keys and values travel to the next rank cp - 1 times beside attention (backward their gradients too).
+    Ulysses: queries, keys, values and the output are exchanged between heads and tokens (arXiv 2309.14509)."""
+    shape, layout = work.run.shape, work.run.layout
+    if shape.mla is not None:
+        heads = shape.num_heads // layout.tp
+        query, output = heads * (shape.mla.nope_dim + shape.mla.rope_dim), heads * shape.mla.value_dim
+        key_value = query + output
+    else:
+        query = output = shape.num_heads // layout.tp * shape.head_dim
+        key_value = 2 * max(1, shape.num_kv_heads // layout.tp) * shape.head_dim
+    core = operations["core_attention"]
+    exchanges = []
+    for direction, beside, tensors in (("forward", core.forward_seconds, 1), ("backward", core.backward_input_seconds, 2)):
+        if layout.cp_kind == "ulysses":
+            sent, seconds = collective(work, "cp", "all_to_all", BF16_BYTES * work.tokens * (query + key_value + output))
+            exchanges.append(Exchange("cp", "all_to_all", direction, sent, seconds, seconds, 4))
+            continue
+        hops = layout.cp - 1
+        sent, seconds = collective(work, "cp", "send_recv", tensors * BF16_BYTES * work.tokens * key_value)
+        exposed = hops * (seconds - hidden_seconds(work, seconds, beside / layout.cp))
+        exchanges.append(Exchange("cp", "send_recv", direction, hops * sent, hops * seconds, exposed, hops))
+    return exchanges
+
+
+def _expert_parallel(work: Work, moe: MoeShape, operations: dict[str, Operation]) -> list[Exchange]:
+    """Tokens to their experts and back; each tensor-parallel rank sends its share of them. Nothing in the layer hides it."""
+    shape, layout, training, device = work.run.shape, work.run.layout, work.run.training, work.device
+    exchanges: list[Exchange] = []
+    if layout.ep > 1:
+        near = members_per_node(layout, "ep", device.gpus_per_node)
+        tokens = work.tokens / layout.tp
+        for direction in ("forward", "backward"):
+            for kind, of, dtype_bytes in (
+                ("dispatch", dispatch_seconds, training.dispatch_dtype_bytes),
+                ("combine", combine_seconds, BF16_BYTES),
+            ):
+                seconds = training.expert_imbalance * of(
+                    device, tokens, shape.hidden_size, moe, layout.ep, near, dtype_bytes, training.dispatcher
+                )
+                copies = moe.top_k if training.dispatcher == "alltoall" else expected_places(moe, layout.ep)
+                sent = tokens * copies * shape.hidden_size * dtype_bytes * (layout.ep - 1) / layout.ep
+                exchanges.append(Exchange("ep", kind, direction, sent, seconds, seconds))
+    if layout.etp > 1:
+        payload = BF16_BYTES * work.routed_rows * shape.hidden_size
+        for direction in ("forward", "backward"):
+            for kind in ("all_gather", "reduce_scatter"):
+                sent, seconds = collective(work, "etp", kind, payload)
+                exchanges.append(Exchange("etp", kind, direction, sent, seconds, seconds))
+    return exchanges
+
+
+def gathered_weights(work: Work, layer: int, forward_seconds: float, backward_seconds: float) -> list[Exchange]:
+    """FSDP: a layer's weights are gathered before each of its passes and its gradients scattered after the backward one,
+    beside the computation of neighbouring layers."""
+    training = work.run.training
+    held = layer_rank_parameters(work.run, layer)
+    sharded: tuple[tuple[Axis, float], ...] = (("zero", held.dense), ("edp", held.experts))
+    transfers = [
+        (axis, kind, direction, *collective(work, axis, kind, count * dtype_bytes))
+        for axis, count in sharded
+        for kind, direction, dtype_bytes in (
+            ("all_gather", "forward", training.weights_dtype_bytes),
+            ("all_gather", "backward", training.weights_dtype_bytes),
+            ("reduce_scatter", "backward", training.gradient_dtype_bytes),
+        )
+    ]
+    exchanges = []
+    for direction, beside in (("forward", forward_seconds), ("backward", backward_seconds)):
+        here = [one for one in transfers if one[2] == direction]
+        total = sum(seconds for *_, seconds in here)
+        exposed = total - hidden_seconds(work, total, beside)
+        exchanges += [
+            Exchange(axis, kind, direction, sent, seconds, exposed * seconds / total)
+            for axis, kind, _, sent, seconds in here
+            if seconds
+        ]
+    return exchanges

@@ -1,0 +1,293 @@
+"""What one pipeline rank computes for one micro-batch, operation by operation, in seconds.
+
+A layer is a list of `Operation`s in the order of its forward pass. Matrix products go by their sizes on this rank after
+tp / sp / cp / ep / etp; everything else goes by the bytes it reads and writes. The weight gradient of a product [m, k] x [k, n]
+is [n, m] x [m, k] and its input gradient [m, n] x [n, k].
+"""
+
+from dataclasses import dataclass
+
+from .devices import DeviceFacts
+from .efficiency import Precision, attention_seconds, gemm_seconds, grouped_gemm_seconds, memory_bound_seconds
+from .facts import attention_core_flops_per_token
+from .run import PlannedRun, RecomputePart
+from .shape import MoeShape
+
+BF16_BYTES = 2
+QUANTIZE_BYTES: dict[str, float] = {"bf16": 0, "fp32": 0, "fp8-tensorwise": 6, "fp8-blockwise": 4}
+"""Moved per element of a product's activation or gradient to make its FP8 form and the transposed one that Hopper's products
+need: read 2, write 1 + 1; the scale of a whole tensor is known only after one more reading (Transformer Engine)."""
+EAGER_PASSES = 3.0
+"""Bytes of element-wise operations run one by one over those fused: every intermediate of a norm, rotation or SwiGLU is
+written and read again, partly in fp32."""
+ROUTER_KERNELS = 14
+"""Of a router beside its product: scores, top-k, normalisation, counts, map, auxiliary loss (Megatron core's router, unfused)."""
+HOST_SECONDS_PER_KERNEL = 7e-6
+"""CPU time of PyTorch, autograd and the model's Python for each kernel of an eager layer."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One step of a layer on one rank for one micro-batch."""
+
+    name: str
+    forward_seconds: float
+    backward_input_seconds: float
+    backward_weight_seconds: float = 0.0
+    forward_kernels: int = 1
+    backward_kernels: int = 1
+    recomputed_with: tuple[RecomputePart, ...] = ()
+    """The settings of TrainingPlan.recompute, beside "layer", that run its forward pass again."""
+    second_product_share: float = 1.0
+    """The share of it that "every_second_product" runs again."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Sizes that all operations of a run share."""
+
+    run: PlannedRun
+    device: DeviceFacts
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch, before tensor-parallel ranks divide anything."""
+        return self.run.microbatch_tokens
+
+    @property
+    def tokens_outside(self) -> float:
+        """Tokens of norms, residuals, router and expert dispatch on this rank: sequence parallel divides them by tp."""
+        return self.tokens / (self.run.layout.tp if self.run.layout.sp else 1)
+
+    @property
+    def routed_rows(self) -> float:
+        """Token copies that this rank's experts see; the busiest rank's where routing is uneven.
+
+        Tensor-parallel ranks never send the same token twice, with or without sequence parallel.
+        """
+        layout, training = self.run.layout, self.run.training
+        return self.tokens / layout.tp * layout.etp * self.run.shape.moe.top_k * training.expert_imbalance
+
+    @property
+    def passes(self) -> float:
+        return 1.0 if self.run.training.compiled else EAGER_PASSES
+
+    def product(
+        self,
+        name: str,
+        m: float,
+        n: float,
+        k: float,
+        *parts: RecomputePart,
+        groups: int = 1,
+        precision: Precision | None = None,
+        second_product_share: float = 0.0,
+    ) -> Operation:
+        """`groups` products [m, k] x [k, n] and what quantising their inputs and gradients costs."""
+        precision = precision or self.run.training.precision
+        forward, gradient, weight = (self._seconds(groups, *sizes, precision) for sizes in ((m, n, k), (m, k, n), (n, k, m)))
+        accumulated_bytes = 2 * self.run.training.gradient_dtype_bytes * groups * n * k
+        weight = max(weight, memory_bound_seconds(self.device, accumulated_bytes + BF16_BYTES * groups * m * (n + k)))
+        quantized = QUANTIZE_BYTES[precision] * groups * m
+        casts = 0 if not quantized else 2
+        return Operation(
+            name,
+            forward + (memory_bound_seconds(self.device, quantized * k, casts) if casts else 0.0),
+            gradient + (memory_bound_seconds(self.device, quantized * n, casts) if casts else 0.0),
+            weight,
+            1 + casts,
+            2 + casts,
+            parts,
+            second_product_share,
+        )
+
+    def _seconds(self, groups: int, m: float, n: float, k: float, precision: Precision) -> float:
+        if groups == 1:
+            return gemm_seconds(self.device, m, n, k, precision)
+        return grouped_gemm_seconds(self.device, groups, m, n, k, precision)
+
+    def elementwise(
+        self,
+        name: str,
+        forward_elements: float,
+        backward_elements: float,
+        *parts: RecomputePart,
+        forward_kernels: int = 1,
+        backward_kernels: int = 1,
+        fixed: bool = False,
+    ) -> Operation:
+        """An operation that reads and writes this many bf16 elements; `fixed`: eager code moves no more of them."""
+        passes = 1.0 if fixed else self.passes
+        kernels = [round(count * passes) for count in (forward_kernels, backward_kernels)]
+        forward, backward = (
+            memory_bound_seconds(self.device, BF16_BYTES * elements * passes, count)
+            for elements, count in zip((forward_elements, backward_elements), kernels, strict=True)
+        )
+        return Operation(name, forward, backward, 0.0, *kernels, parts)
+
+
+def layer_operations(work: Work, layer: int) -> list[Operation]:
+    """Operations of a layer; layer >= num_layers: of an MTP module, without its head."""
+    shape = work.run.shape
+    hidden = shape.hidden_size * work.tokens_outside
+    operations = []
+    if layer >= shape.num_layers:
+        operations.append(work.elementwise("mtp_norms", 4 * hidden, 8 * hidden, forward_kernels=3, backward_kernels=3))
+        operations.append(work.product("mtp_projection", work.tokens_outside, shape.hidden_size, 2 * shape.hidden_size))
+    operations.append(_norm(work, "attention_norm"))
+    operations += _latent_attention(work, layer) if shape.mla is not None else _grouped_attention(work, layer)
+    operations += [_residual(work, "attention_residual"), _norm(work, "mlp_norm")]
+    operations += _experts(work, shape.moe) if shape.kind(layer) == "moe" else _dense_mlp(work)
+    operations.append(_residual(work, "mlp_residual"))
+    return operations
+
+
+def _norm(work: Work, name: str) -> Operation:
+    elements = work.run.shape.hidden_size * work.tokens_outside
+    return work.elementwise(name, 2 * elements, 3 * elements, "norms", backward_kernels=2)
+
+
+def _residual(work: Work, name: str) -> Operation:
+    """x + f(x); backward, two gradients are added."""
+    elements = work.run.shape.hidden_size * work.tokens_outside
+    return work.elementwise(name, 3 * elements, 3 * elements)
+
+
+def _grouped_attention(work: Work, layer: int) -> list[Operation]:
+    shape, tp = work.run.shape, work.run.layout.tp
+    query = shape.num_heads // tp * shape.head_dim
+    key = max(1, shape.num_kv_heads // tp) * shape.head_dim  # copied to every rank where there are fewer heads than ranks
+    rotated = work.tokens * (query + key)
+    # Rotating, splitting and laying out q, k, v; the norms of q and k before.
+    forward, backward = (2 + 2 * shape.qk_norm) * rotated, (2 + 3 * shape.qk_norm) * rotated
+    copied = 2 * work.tokens * (query + 2 * key)
+    return [
+        work.product("qkv", work.tokens, query + 2 * key, shape.hidden_size, second_product_share=key / (query + 2 * key)),
+        work.elementwise(
+            "qkv_layout", forward + copied, backward + copied, forward_kernels=5 + 2 * shape.qk_norm, backward_kernels=5
+        ),
+        _core_attention(work, layer, shape.head_dim),
+        work.product("attention_output", work.tokens, shape.hidden_size, query, second_product_share=1.0),
+    ]
+
+
+def _latent_attention(work: Work, layer: int) -> list[Operation]:
+    """DeepSeek-V2's attention as trained: keys and values of every head are made from the compressed vector."""
+    shape, mla, tp = work.run.shape, work.run.shape.mla, work.run.layout.tp
+    heads, hidden, outside = shape.num_heads // tp, shape.hidden_size, work.tokens_outside
+    query, width = heads * (mla.nope_dim + mla.rope_dim), heads * (mla.nope_dim + mla.value_dim)
+    compressed = outside * (mla.q_rank + mla.kv_rank)
+    operations = [work.product("kv_down", outside, mla.kv_rank + mla.rope_dim, hidden)]
+    if mla.q_rank:
+        operations.append(work.product("q_down", outside, mla.q_rank, hidden))
+        operations.append(work.product("q_up", work.tokens, query, mla.q_rank, "mla_up_projection"))
+    else:
+        operations.append(work.product("q", work.tokens, query, hidden))
+    laid_out = 2 * work.tokens * (2 * query + heads * mla.value_dim)
+    return [
+        *operations,
+        work.elementwise("latent_norms", 2 * compressed, 3 * compressed, "norms", forward_kernels=2, backward_kernels=4),
+        work.product("kv_up", work.tokens, width, mla.kv_rank, "mla_up_projection"),
+        work.elementwise("qkv_layout", laid_out, laid_out, "mla_up_projection", forward_kernels=6, backward_kernels=6),
+        _core_attention(work, layer, mla.nope_dim + mla.rope_dim),
+        work.product("attention_output", work.tokens, hidden, heads * mla.value_dim, second_product_share=1.0),
+    ]
+
+
+def _core_attention(work: Work, layer: int, head_dim: int) -> Operation:
+    sequence = work.run.training.sequence_length_tokens
+    flops = work.tokens / work.run.layout.tp * attention_core_flops_per_token(work.run.shape, layer, sequence)
+    forward, backward = (
+        attention_seconds(work.device, flops, backward=backward, head_dim=head_dim, sequence=sequence)
+        for backward in (False, True)
+    )
+    return Operation("core_attention", forward, backward, 0.0, 2, 4, ("core_attention",), 0.0)
+
+
+def _dense_mlp(work: Work) -> list[Operation]:
+    shape, tp = work.run.shape, work.run.layout.tp
+    return _mlp(work, "dense", work.tokens, shape.hidden_size, shape.dense_intermediate_size / tp, "dense_mlp")
+
+
+def _mlp(
+    work: Work, name: str, rows: float, hidden: int, width: float, part: RecomputePart, groups: int = 1
+) -> list[Operation]:
+    """SwiGLU: `rows` a group through [hidden, 2 width], the activation and [width, hidden]."""
+    gated = groups * rows * width
+    return [
+        work.product(f"{name}_gate_up", rows, 2 * width, hidden, part, groups=groups, second_product_share=0.5),
+        work.elementwise(f"{name}_activation", 3 * gated, 5 * gated, "activation", part),
+        work.product(f"{name}_down", rows, hidden, width, part, groups=groups),
+    ]
+
+
+def _experts(work: Work, moe: MoeShape) -> list[Operation]:
+    """Router, dispatch, experts and the shared expert. The transfers are `layer_exchange`'s."""
+    shape, layout, training = work.run.shape, work.run.layout, work.run.training
+    hidden, rows, outside = shape.hidden_size, work.routed_rows, work.tokens_outside
+    local_experts = moe.num_experts // layout.ep
+    scores = outside * moe.num_experts
+    # Sorting tokens by expert and summing them again; an all-to-all of copies is sorted on both of its sides.
+    sorted_elements = 2 * rows * hidden + (2 * rows * hidden if training.dispatcher == "alltoall" and layout.ep > 1 else 0)
+    kernels = 6 if training.dispatcher == "alltoall" and layout.ep > 1 else 3
+    operations = [
+        work.product("router", outside, moe.num_experts, hidden, "experts", precision="bf16"),
+        work.elementwise("routing", 12 * scores, 12 * scores, "experts", forward_kernels=ROUTER_KERNELS, backward_kernels=8),
+    ]
+    if moe.shared_intermediate_size:
+        width = moe.shared_intermediate_size / layout.tp
+        operations += _mlp(work, "shared", work.tokens, hidden, width, "experts")
+    width = moe.expert_intermediate_size / layout.etp
+    return [
+        *operations,
+        work.elementwise(
+            "permute",
+            sorted_elements,
+            sorted_elements,
+            "experts",
+            forward_kernels=kernels,
+            backward_kernels=kernels,
+            fixed=True,
+        ),
+        *_mlp(work, "experts", rows / local_experts, hidden, width, "experts", groups=local_experts),
+        work.elementwise(
+            "unpermute",
+            sorted_elements,
+            sorted_elements,
+            "experts",
+            forward_kernels=kernels,
+            backward_kernels=kernels,
+            fixed=True,
+        ),
+    ]
+
+
+def embedding_operations(work: Work) -> list[Operation]:
+    elements = work.tokens_outside * work.run.shape.hidden_size
+    return [work.elementwise("embedding", 2 * elements, 4 * elements, forward_kernels=2, backward_kernels=2)]
+
+
+LOGIT_PASSES: dict[str, tuple[float, float]] = {"fused": (4, 1), "in-place": (2, 1), "materialized": (12, 7)}
+"""Elements of two bytes that the loss moves per logit, forward and backward. fused: an fp32 chunk is read twice, its gradient
+written; in-place: 16-bit logits read, then read and overwritten; materialized: copied to fp32, largest, exponentials, sum; then
+the gradient in fp32 and its 16-bit copy."""
+
+
+def head_operations(work: Work) -> list[Operation]:
+    """The last norm, the head and the loss, in bf16: 6 N H V operations whatever becomes of the logits."""
+    shape, layout = work.run.shape, work.run.layout
+    vocabulary = shape.vocab_size / layout.tp
+    logits = work.tokens * vocabulary
+    forward, backward = LOGIT_PASSES[work.run.training.logits]
+    return [
+        _norm(work, "last_norm"),
+        work.product("head", work.tokens, vocabulary, shape.hidden_size, precision="bf16"),
+        work.elementwise("loss", forward * logits, backward * logits, forward_kernels=6, fixed=True),
+    ]
+
+
+def recomputed_share(operation: Operation, recompute: tuple[RecomputePart, ...]) -> float:
+    """The share of an operation's forward pass that the backward pass runs again."""
+    if "layer" in recompute or any(part in recompute for part in operation.recomputed_with):
+        return 1.0
+    return operation.second_product_share if "every_second_product" in recompute else 0.0

@@ -1,0 +1,302 @@
+"""Seconds of one optimizer step: what a pipeline rank computes and says for a micro-batch, through the pipeline, to the update.
+
+layer_time       operations of a layer on one rank
+layer_exchange   its collectives, and what hides them
+schedules        micro-batches through the pipeline
+update_time      gradients, weights and Adam
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ..config import InputError
+from .collectives import Transfer
+from .devices import device_named
+from .facts import train_flops_per_token
+from .layer_exchange import (
+    DISPATCHER_MULTIPROCESSORS,
+    Exchange,
+    collective,
+    column,
+    contention_share,
+    gathered_weights,
+    layer_exchanges,
+)
+from .layer_time import (
+    BF16_BYTES,
+    HOST_SECONDS_PER_KERNEL,
+    Operation,
+    Work,
+    embedding_operations,
+    head_operations,
+    layer_operations,
+    recomputed_share,
+)
+from .run import PlannedRun, Stage
+from .schedules import PipelineTime, StageSeconds, pipeline_time
+from .update_time import data_parallel_transfers, optimizer_seconds
+
+PARTS = (
+    "forward", "backward_input", "backward_weight", "recompute", "launch", "exposed_tensor", "exposed_context",
+    "exposed_expert", "exposed_pipeline", "bubble", "exposed_data", "optimizer",
+)  # fmt: skip
+"""Of StepTime.parts_seconds. The first four are computation, launch is time in which the GPU waits for its CPU."""
+EXPOSED_PART = {"tp": "exposed_tensor", "cp": "exposed_context", "ep": "exposed_expert", "etp": "exposed_expert"}
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One optimizer step of the busiest pipeline rank, which the others wait for."""
+
+    parts_seconds: dict[str, float]
+    """By PARTS; together they are step_seconds."""
+    step_seconds: float
+    tokens_per_second_per_gpu: float
+    """Over the GPUs that train."""
+    model_flops_per_gpu_per_second: float
+    """Causal attention, nothing counted twice."""
+    model_flops_utilization: float
+    """Of the device's dense bf16 peak, whatever the precision."""
+    transfers: tuple[Transfer, ...]
+    """Of the busiest rank."""
+    stage_seconds: tuple[float, ...]
+    """What each pipeline rank is busy with its micro-batches."""
+
+
+@dataclass(frozen=True)
+class PassTime:
+    """A micro-batch through some operations on one rank, by part."""
+
+    seconds: dict[str, float]
+    """forward, backward_input, backward_weight, recompute; launch_forward, launch_backward; exposed_* of each direction
+    (exposed_tensor_forward, ...), expert exchanges as if nothing ran beside them."""
+    exchanges: tuple[Exchange, ...]
+
+    def __add__(self, other: "PassTime") -> "PassTime":
+        total = Counter(self.seconds)
+        total.update(other.seconds)
+        return PassTime(dict(total), self.exchanges + other.exchanges)
+
+    def direction(self, name: str) -> float:
+        """Exposed and launch seconds of a direction, without expert exchanges."""
+        return sum(
+            seconds
+            for part, seconds in self.seconds.items()
+            if part.endswith(f"_{name}") and not part.startswith("exposed_expert")
+        )
+
+    def stage_seconds(self) -> StageSeconds:
+        get = self.seconds.get
+        return StageSeconds(
+            get("forward", 0.0) + self.direction("forward"),
+            get("backward_input", 0.0) + get("recompute", 0.0) + self.direction("backward"),
+            get("backward_weight", 0.0),
+            get("exposed_expert_forward", 0.0),
+            get("exposed_expert_backward", 0.0),
+        )
+
+
+NOTHING = PassTime({}, ())
+
+
+def train_step(run: PlannedRun) -> StepTime:
+    """Predict one optimizer step of `run`'s training side.
+
+    Raises InputError for an unknown device, a precision it lacks, or a schedule that the micro-batches don't fit;
+    `engine.plan.validation` finds every other mistake.
+    """
+    if run.microbatches < 1:
+        raise InputError(
+            f"global batch of {run.training.global_batch_sequences} sequences is less than one micro-batch of "
+            f"{run.training.micro_batch_sequences} on each of dp {run.layout.dp} replicas: raise it"
+        )
+    work = Work(run, device_named(run.device))
+    chunks = chunk_times(work)
+    pipeline = pipeline_of(work, chunks)
+    stage = run.stages()[pipeline.bottleneck]
+    visits = _visits(run, stage)
+    parts = _parts(run, chunks, visits, pipeline)
+    last_passes = sum((chunks[chunk] for chunk in visits), NOTHING).stage_seconds()
+    transfers = _layer_transfers(run, chunks, visits, parts["exposed_expert"])
+    if run.layout.pp > 1:
+        sent, hop = _hop(work)
+        count = 2 * len(visits) * run.microbatches  # activations one way, gradients the other
+        transfers.append(Transfer("pp", "send_recv", count * sent, count, count * hop, pipeline.hop_seconds))
+    if not run.training.fsdp or run.layout.pp > 1:
+        beside = (last_passes.forward + last_passes.forward_exchange, last_passes.backward + last_passes.backward_exchange)
+        data = data_parallel_transfers(work, stage, *beside)
+        parts["exposed_data"] += sum(one.exposed_seconds for one in data)
+        transfers += data
+    parts["optimizer"] = optimizer_seconds(work, stage)
+    step_seconds = sum(parts.values())
+    tokens_per_second = run.step_tokens / step_seconds / run.training_gpus
+    shape = run.shape
+    flops = train_flops_per_token(shape, run.training.sequence_length_tokens, mtp=shape.num_mtp_layers > 0)
+    return StepTime(
+        parts_seconds=parts,
+        step_seconds=step_seconds,
+        tokens_per_second_per_gpu=tokens_per_second,
+        model_flops_per_gpu_per_second=tokens_per_second * flops,
+        model_flops_utilization=tokens_per_second * flops / work.device.bf16_flops_per_second,
+        transfers=tuple(transfers),
+        stage_seconds=pipeline.busy_seconds,
+    )
+
+
+def chunk_times(work: Work) -> list[PassTime]:
+    """A micro-batch through each chunk of layers, embedding and head with the first and the last one."""
+    run, chunks = work.run, work.run.chunks()
+    recomputed = run.training.recompute_layers
+    made: dict[tuple, PassTime] = {}
+
+    def of_layer(layer: int, recompute: bool) -> PassTime:
+        key = (run.shape.kind(layer), run.shape.window_tokens(layer), layer >= run.shape.num_layers, recompute)
+        if key not in made:
+            made[key] = layer_pass(work, layer, recompute)
+        return made[key]
+
+    times = []
+    places: Counter[int] = Counter()  # layers that each rank has met
+    for index, layers in enumerate(chunks):
+        rank = run.ranks_of_chunk()[index][0]
+        total = NOTHING
+        for layer in layers:
+            total += of_layer(layer, not recomputed or places[rank] < recomputed)
+            places[rank] += 1
+        if index == 0:
+            total += _simple_pass(work, embedding_operations(work))
+        if index == len(chunks) - 1:
+            head = _head_pass(work)
+            for _ in range(1 + run.shape.num_mtp_layers):
+                total += head
+        times.append(total)
+    return times
+
+
+def layer_pass(work: Work, layer: int, recompute: bool = True) -> PassTime:
+    """A micro-batch through one layer (layer >= num_layers: an MTP module, without its head)."""
+    run = work.run
+    if not recompute and run.training.recompute:
+        run = replace(run, training=replace(run.training, recompute=()))
+        work = Work(run, work.device)
+    operations = layer_operations(work, layer)
+    exchanges = layer_exchanges(work, layer, {one.name: one for one in operations})
+    if run.training.fsdp and run.layout.pp == 1:
+        forward = sum(one.forward_seconds for one in operations)
+        backward = sum(
+            one.backward_input_seconds
+            + one.backward_weight_seconds
+            + recomputed_share(one, run.training.recompute) * one.forward_seconds
+            for one in operations
+        )
+        exchanges += gathered_weights(work, layer, forward, backward)
+    # The host waits for the counts of received tokens: every dispatch but HybridEP's (sizes stay on the device).
+    counted = run.shape.kind(layer) == "moe" and run.layout.ep > 1 and run.training.dispatcher != "hybridep"
+    return _pass(work, operations, exchanges, counted)
+
+
+def _head_pass(work: Work) -> PassTime:
+    operations = head_operations(work)
+    exchanges = []
+    if work.run.layout.tp > 1:
+        exchanges = column(work, BF16_BYTES * work.tokens * work.run.shape.hidden_size, operations[1])
+    return _pass(work, operations, exchanges, False)
+
+
+def _simple_pass(work: Work, operations: Sequence[Operation]) -> PassTime:
+    return _pass(work, operations, [], False)
+
+
+def _pass(work: Work, operations: Sequence[Operation], exchanges: list[Exchange], counted: bool) -> PassTime:
+    recompute = work.run.training.recompute
+    seconds = {
+        "forward": sum(one.forward_seconds for one in operations),
+        "backward_input": sum(one.backward_input_seconds for one in operations),
+        "backward_weight": sum(one.backward_weight_seconds for one in operations),
+        "recompute": sum(recomputed_share(one, recompute) * one.forward_seconds for one in operations),
+    }
+    if not work.run.training.cuda_graphs:
+        again = [recomputed_share(one, recompute) for one in operations]
+        backward_seconds = seconds["backward_input"] + seconds["backward_weight"] + seconds["recompute"]
+        backward_kernels = sum(
+            one.backward_kernels + share * one.forward_kernels for one, share in zip(operations, again, strict=True)
+        )
+        seconds["launch_forward"] = _waiting_seconds(operations, counted)
+        seconds["launch_backward"] = max(0.0, backward_kernels * HOST_SECONDS_PER_KERNEL - backward_seconds)
+    for one in exchanges:
+        part = f"{EXPOSED_PART.get(one.axis, 'exposed_data')}_{one.direction}"
+        seconds[part] = seconds.get(part, 0.0) + one.exposed_seconds
+    return PassTime(seconds, tuple(exchanges))
+
+
+def _waiting_seconds(operations: Sequence[Operation], counted: bool) -> float:
+    """Time for which a forward pass's kernels wait to be launched.
+
+    Normally the CPU runs ahead, and only the sum counts. Where it must wait for the GPU once a layer (`counted`), it begins
+    each layer with an empty queue: kernels shorter than their launch leave gaps until longer ones let it get ahead.
+    """
+    if not counted:
+        host = sum(one.forward_kernels for one in operations) * HOST_SECONDS_PER_KERNEL
+        return max(0.0, host - sum(one.forward_seconds for one in operations))
+    first = next(i for i, one in enumerate(operations) if one.name == "permute")
+    host = device = 0.0
+    for one in (*operations[first:], *operations[:first]):
+        device = max(device, host + HOST_SECONDS_PER_KERNEL) + one.forward_seconds
+        host += one.forward_kernels * HOST_SECONDS_PER_KERNEL
+        device = max(device, host)
+    return device - sum(one.forward_seconds for one in operations)
+
+
+def pipeline_of(work: Work, chunks: Sequence[PassTime]) -> PipelineTime:
+    """The chunks' micro-batches through the run's schedule."""
+    run, training = work.run, work.run.training
+    paired = training.overlap_expert and run.layout.ep > 1
+    contention = contention_share(work, DISPATCHER_MULTIPROCESSORS[training.dispatcher])
+    stages = [chunk.stage_seconds() for chunk in chunks]
+    return pipeline_time(run.layout.schedule, stages, run.layout.pp, run.microbatches, _hop(work)[1], paired, contention)
+
+
+def _hop(work: Work) -> tuple[float, float]:
+    """(bytes, seconds) of a micro-batch's hidden states from one pipeline rank to the next."""
+    if work.run.layout.pp == 1:
+        return 0.0, 0.0
+    return collective(work, "pp", "send_recv", BF16_BYTES * work.tokens_outside * work.run.shape.hidden_size)
+
+
+def _visits(run: PlannedRun, stage: Stage) -> dict[int, float]:
+    """Chunks of a rank and the share of the micro-batches that pass them there (DualPipe: half in each direction)."""
+    return {chunk: 1 / len(ranks) for chunk, ranks in enumerate(run.ranks_of_chunk()) if stage.index in ranks}
+
+
+def _parts(run: PlannedRun, chunks: Sequence[PassTime], visits: dict[int, float], pipeline: PipelineTime) -> dict[str, float]:
+    parts = dict.fromkeys(PARTS, 0.0)
+    for chunk, share in visits.items():
+        for name, seconds in chunks[chunk].seconds.items():
+            part = name.removesuffix("_forward").removesuffix("_backward")
+            parts[part] += run.microbatches * share * seconds
+    # What pairs hide of the experts' exchanges, less what they slow down, is missing from the rank's busy time.
+    busy_seconds = pipeline.busy_seconds[pipeline.bottleneck]
+    parts["exposed_expert"] += busy_seconds - sum(parts.values())
+    parts["bubble"] = pipeline.bubble_seconds
+    parts["exposed_pipeline"] = pipeline.hop_seconds
+    return parts
+
+
+def _layer_transfers(
+    run: PlannedRun, chunks: Sequence[PassTime], visits: dict[int, float], exposed_expert_seconds: float
+) -> list[Transfer]:
+    """The exchanges of all micro-batches in layers, by axis and kind; what is exposed of the experts' is shared out."""
+    found: dict[tuple, list[float]] = {}
+    for chunk, share in visits.items():
+        for one in chunks[chunk].exchanges:
+            sums = found.setdefault((one.axis, one.kind), [0.0, 0.0, 0.0, 0.0])
+            for i, value in enumerate((one.sent_bytes, one.count, one.seconds, one.exposed_seconds)):
+                sums[i] += run.microbatches * share * value
+    expert_seconds = sum(sums[3] for (axis, _), sums in found.items() if axis in ("ep", "etp"))
+    transfers = []
+    for (axis, kind), (sent, count, seconds, exposed) in found.items():
+        if axis in ("ep", "etp"):
+            exposed *= exposed_expert_seconds / expert_seconds
+        transfers.append(Transfer(axis, kind, sent, round(count), seconds, exposed))
+    return transfers

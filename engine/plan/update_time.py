@@ -1,0 +1,72 @@
+"""The end of an optimizer step: gradients and weights between data-parallel ranks, the gradients' norm, Adam."""
+
+from collections.abc import Iterator
+
+from .collectives import Axis, Transfer
+from .efficiency import memory_bound_seconds
+from .layer_exchange import collective, hidden_seconds
+from .layer_time import QUANTIZE_BYTES, Work
+from .run import Stage
+from .states import MASTER_BYTES, rank_parameters, replicas
+
+HOST_MEMORY_BYTES_PER_SECOND = 45e9
+"""A GPU's share of its host's memory: eight channels of DDR5-4800 a socket, two sockets for eight GPUs (DGX H100 user guide:
+614 GB/s in all), of which streaming code gets about 60%."""
+
+
+def data_parallel_transfers(work: Work, stage: Stage, forward_seconds: float, backward_seconds: float) -> list[Transfer]:
+    """Reduce-scatter of a rank's gradients and all-gather of its weights, once a step (ZeRO-1, or FSDP with a pipeline, which
+    keeps gathered weights through the step).
+
+    With overlap_data they run beside the passes of the last and the first micro-batch of this length; the part that can't be
+    hidden is one layer's: the last gradients exist only at the end, the first weights are needed at once.
+    """
+    training = work.run.training
+    held = rank_parameters(work.run, stage)
+    transfers = []
+    for axis, parameters in (("zero", held.dense), ("edp", held.experts)):
+        if not parameters:
+            continue
+        for kind, dtype_bytes, beside in (
+            ("reduce_scatter", training.gradient_dtype_bytes, backward_seconds),
+            ("all_gather", training.weights_dtype_bytes, forward_seconds),
+        ):
+            sent, seconds = collective(work, axis, kind, parameters * dtype_bytes)
+            if not seconds:
+                continue
+            share = parameters / held.total  # dense and expert weights wait for the same passes
+            pieces = max(1, len(stage.layers))
+            hidden = hidden_seconds(work, seconds * (1 - 1 / pieces), beside * share) if training.overlap_data else 0.0
+            transfers.append(Transfer(axis, kind, sent, 1, seconds, seconds - hidden))
+    return transfers
+
+
+def optimizer_seconds(work: Work, stage: Stage) -> float:
+    """Adam on a rank's shard, by the bytes it moves: gradients are cleared and their squares summed, then gradient, master
+    weight and both moments are read, the last three and the weight written. Offloaded, the same happens in the host's
+    memory, with gradients and weights over PCIe."""
+    return sum(seconds for _, seconds in _update_steps(work, stage))
+
+
+def _update_steps(work: Work, stage: Stage) -> Iterator[tuple[str, float]]:
+    training, device = work.run.training, work.device
+    held = rank_parameters(work.run, stage)
+    dense_shards, expert_shards = replicas(work.run)
+    shard = held.dense / dense_shards + held.experts / expert_shards
+    kept = shard if training.fsdp and work.run.layout.pp == 1 else held.total
+    gradient = training.gradient_dtype_bytes
+    update_bytes = shard * (gradient + 2 * (MASTER_BYTES + 2 * training.moment_dtype_bytes) + training.weights_dtype_bytes)
+    yield "clear", memory_bound_seconds(device, kept * gradient)
+    yield "norm", memory_bound_seconds(device, 2 * shard * gradient) + 2 * collective(work, _widest(work), "all_reduce", 8)[1]
+    if training.offload_optimizer:
+        yield "copy", shard * (gradient + training.weights_dtype_bytes) / device.pcie_bytes_per_second
+        yield "update", update_bytes / HOST_MEMORY_BYTES_PER_SECOND
+    else:
+        yield "update", memory_bound_seconds(device, update_bytes)
+    yield "quantise", memory_bound_seconds(device, QUANTIZE_BYTES[training.precision] * (held.matrices + held.experts))
+
+
+def _widest(work: Work) -> Axis:
+    """The axis with the most ranks: the norm's sum crosses all of them, and the farthest takes longest."""
+    layout = work.run.layout
+    return "pp" if layout.pp > layout.dp * layout.cp else "zero"
