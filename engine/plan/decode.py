@@ -30,14 +30,19 @@ LOGITS_PASSES = 8
 """Times that sampling with log-probs reads or writes fp32 logits: temperature, softmax, log-softmax, ranks, noise, argmax."""
 PREFILL_CHUNK_TOKENS = 8192
 """Tokens of prompts that an engine computes at once (vLLM's max_num_batched_tokens for offline use)."""
+CACHE_BYTES_FRACTION = 0.92
+"""Achieved of the memory's bandwidth by decode attention over long contexts, and ..."""
+CACHE_LAYER_SECONDS = 15e-6
+"""... what a layer's attention takes beside (aiconfigurator-core 0.12.0, systems/data/h100_sxm, generation_attention of vLLM
+0.24: 13 us with nothing to read, 2.6-3.1 of 3.35 TB/s from 100 MB on)."""
 CACHE_FLOPS_FRACTION = 0.6
 """Achieved of the bf16 peak by decode attention where many heads share one latent key (FlashMLA: 660 of 989 TFLOPS)."""
 ELEMENTWISE_PASSES = 12
 """Times that a layer's element-wise kernels read or write the hidden states: norms with residual, rotation, gate, sums."""
 GRAPH_KERNEL_SECONDS = 2e-6
 """From one element-wise kernel's start to the next one's inside a CUDA graph, when it does nothing."""
-KERNELS = {"dense": 12, "moe": 20}
-"""Of a layer, outside its matrix products' first launches: norms, rotation, cache write, split attention, gate, routing."""
+KERNELS = {"dense": 8, "moe": 14}
+"""Of a layer beside its products and attention: norms, rotation, cache write, gate; routing and sorting by expert."""
 
 
 @dataclass(frozen=True)
@@ -154,14 +159,14 @@ class GenerationEngine:
         shape, device = self.shape, self.device
         seconds = np.zeros(np.shape(context_tokens))
         per_layer = self.cache_bytes_per_token * self.plan.pp / shape.num_layers
-        byte_seconds = memory_bound_seconds(device, per_layer, kernels=0)
+        byte_seconds = per_layer / (CACHE_BYTES_FRACTION * device.hbm_bytes_per_second)
         heads = max(1, shape.num_heads // self.plan.tp) * self.tokens_verified
         widths = 2 * shape.mla.kv_rank + shape.mla.rope_dim if shape.mla is not None else 2 * shape.head_dim
         flop_seconds = 2 * heads * widths / (CACHE_FLOPS_FRACTION * device.bf16_flops_per_second)
         for layer in range(shape.num_layers):
             window = shape.window_tokens(layer)
             read = np.minimum(context_tokens, window * sequences) if window else context_tokens
-            seconds += np.asarray(read, float) * max(byte_seconds, flop_seconds)
+            seconds += CACHE_LAYER_SECONDS + np.asarray(read, float) * max(byte_seconds, flop_seconds) / self.plan.pp
         return seconds
 
     def prefill_seconds(self, tokens: float, prompt_tokens: float) -> float:

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 
 from ..config import InputError
 from .devices import DeviceFacts, device_named
+from .layer_time import Work
 from .lengths import ResponseLengths
 from .rollout import RolloutTime, rollout_time
 from .run import PlannedRun
 from .states import rank_state_bytes
-from .training import StepTime, forward_seconds, train_step
+from .training import StepTime, chunk_times, pipeline_hop, train_step
 from .weight_sync import WeightSyncTime, weight_sync_time
 
 SAMPLE_SECONDS = 1.5e-3
@@ -85,7 +86,10 @@ def optimizer_step_run(run: PlannedRun) -> PlannedRun:
     if not plan.pad_packed:
         limit = math.ceil(tokens / (microbatches * training.micro_batch_sequences))
     batch = microbatches * run.layout.dp * training.micro_batch_sequences
-    step = replace(training, global_batch_sequences=batch, sequence_length_tokens=limit)
+    packed = math.ceil(plan.prompt_tokens + lengths.token_weighted_mean_tokens)
+    step = replace(
+        training, global_batch_sequences=batch, sequence_length_tokens=limit, packed_length_tokens=min(packed, limit)
+    )
     return replace(run, training=step, rollout=None, gpus=run.training_gpus, placement="colocated")
 
 
@@ -139,6 +143,19 @@ def grpo_step(run: PlannedRun) -> GrpoStep:
     seconds = sum(parts.values())
     tokens = samples * (plan.prompt_tokens + plan.mean_response_tokens)
     return GrpoStep(parts, seconds, tokens, tokens / seconds / run.gpus, rollout, training, sync, idle)
+
+
+def forward_seconds(run: PlannedRun) -> float:
+    """Log-probs of all micro-batches of an optimizer step: forward passes alone, which fill the pipeline once."""
+    work = Work(run, device_named(run.device))
+    stages = [chunk.stage_seconds() for chunk in chunk_times(work)]
+    passes = [stage.forward + stage.forward_exchange for stage in stages]
+    busy = [0.0] * run.layout.pp
+    for seconds, ranks in zip(passes, run.ranks_of_chunk(), strict=True):
+        for rank in ranks:
+            busy[rank] += seconds / len(ranks)
+    filling = sum(passes) + (len(passes) - 1) * pipeline_hop(work)[1]
+    return filling + (run.microbatches - 1) * max(busy)
 
 
 def offload_seconds(run: PlannedRun, device: DeviceFacts) -> float:

@@ -195,7 +195,7 @@ def _latent_attention(work: Work, layer: int) -> list[Operation]:
 
 
 def _core_attention(work: Work, layer: int, head_dim: int) -> Operation:
-    sequence = work.run.training.sequence_length_tokens
+    sequence = work.run.training.attention_length_tokens
     flops = work.tokens / work.run.layout.tp * attention_core_flops_per_token(work.run.shape, layer, sequence)
     forward, backward = (
         attention_seconds(work.device, flops, backward=backward, head_dim=head_dim, sequence=sequence)

@@ -4,8 +4,9 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Literal
 
-from ..config import Layout, Placement
+from ..config import InputError, Layout, Placement
 from .shape import ModelShape
+from .validation import problems
 
 TrainingPrecision = Literal["fp32", "bf16", "fp8-tensorwise", "fp8-blockwise"]
 RecomputePart = Literal[
@@ -22,6 +23,8 @@ class TrainingPlan:
 
     sequence_length_tokens: int = 4096
     """Tokens of a (packed) sequence."""
+    packed_length_tokens: int = 0
+    """Of the sequences packed into one, the length that a mean token's has: attention sees no farther. 0: one fills it."""
     global_batch_sequences: int = 256
     """Sequences an optimizer step, over all data-parallel replicas."""
     micro_batch_sequences: int = 1
@@ -63,6 +66,11 @@ class TrainingPlan:
     """Element-wise operations are fused (Transformer Engine, torch.compile, own kernels) instead of eager, one by one."""
     cuda_graphs: bool = False
     """No CPU time between kernels."""
+
+    @property
+    def attention_length_tokens(self) -> int:
+        """Of the sequences that attention stays inside."""
+        return self.packed_length_tokens or self.sequence_length_tokens
 
 
 @dataclass(frozen=True)
@@ -118,6 +126,11 @@ class RolloutPlan:
     old_logprobs: bool = True
     """The policy's log-probs are recomputed by the trainer before training on them."""
 
+    @property
+    def engine_gpus(self) -> int:
+        """GPUs of one generation engine."""
+        return max(self.tp, self.ep) * self.pp
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -157,9 +170,12 @@ class PlannedRun:
     def of(shape: ModelShape, gpus: int, **settings) -> "PlannedRun":
         """A run with its layout resolved to the training GPUs.
 
-        Raises InputError where the layout doesn't fit the GPUs (`Layout.resolve`).
+        Raises InputError with every mistake that `validation.problems` finds, one a line.
         """
         run = PlannedRun(shape, gpus, **settings)
+        found = problems(run)
+        if found:
+            raise InputError("\n".join(map(str, found)))
         return replace(run, layout=run.layout.resolve(run.training_gpus))
 
     @property
@@ -200,7 +216,7 @@ class PlannedRun:
 
         Interleaved: rank r holds chunks r, r + pp, ... of pp x vpp. DualPipe: rank r also holds stage pp-1-r (both
         directions). DualPipeV: rank r holds chunks r and 2 pp - 1 - r, so the first rank has embedding and head.
-        MTP modules follow the last layer. A rank's layers are divided evenly over its chunks, the first taking one more.
+        MTP modules follow the last layer.
         """
         pp, shape, ranks_of_chunk = self.layout.pp, self.shape, self.ranks_of_chunk()
         last_chunk, chunks = len(ranks_of_chunk) - 1, self.chunks()
@@ -213,13 +229,21 @@ class PlannedRun:
         return tuple(stages)
 
     def chunks(self) -> tuple[tuple[int, ...], ...]:
-        """Layers of each chunk of consecutive layers, first to last; the last one with the MTP modules."""
-        ranks_of_chunk = self.ranks_of_chunk()
+        """Layers of each chunk of consecutive layers, first to last; the last one with the MTP modules.
+
+        A rank's layers are divided evenly over its chunks. Where they don't divide but would with embedding, head and MTP
+        modules counted as layers, these count (Megatron-LM: --account-for-embedding-in-pipeline-split); else the first chunks
+        take one more.
+        """
+        ranks_of_chunk, shape = self.ranks_of_chunk(), self.shape
         chunks_per_rank = sum(ranks[0] == 0 for ranks in ranks_of_chunk)
-        layers = self.stage_layers or even_split(self.shape.num_layers, self.layout.pp)
-        sizes = [list(even_split(count, chunks_per_rank)) for count in layers]
+        embedding, head = ranks_of_chunk[0][0], ranks_of_chunk[-1][0]
+        sizes = [
+            _chunk_sizes(layers, chunks_per_rank, int(rank == embedding), (1 + shape.num_mtp_layers) * (rank == head))
+            for rank, layers in enumerate(self.stage_layers or even_split(shape.num_layers, self.layout.pp))
+        ]
         ends = list(accumulate((sizes[ranks[0]].pop(0) for ranks in ranks_of_chunk), initial=0))
-        ends[-1] += self.shape.num_mtp_layers
+        ends[-1] += shape.num_mtp_layers
         return tuple(tuple(range(start, end)) for start, end in pairwise(ends))
 
     def ranks_of_chunk(self) -> list[tuple[int, ...]]:
@@ -237,3 +261,11 @@ class PlannedRun:
 def even_split(count: int, parts: int) -> tuple[int, ...]:
     """`count` things in `parts` parts, the first ones taking one more where it doesn't divide."""
     return tuple(count // parts + (part < count % parts) for part in range(parts))
+
+
+def _chunk_sizes(layers: int, chunks: int, before: int, after: int) -> list[int]:
+    """Layers of a rank's chunks; what its first one holds besides weighs as `before` layers, its last one's as `after`."""
+    size, over = divmod(layers + before + after, chunks)
+    if over or size < max(before, after) or chunks == 1:
+        return list(even_split(layers, chunks))
+    return [size - before * (chunk == 0) - after * (chunk == chunks - 1) for chunk in range(chunks)]

@@ -120,7 +120,7 @@ def train_step(run: PlannedRun) -> StepTime:
     last_passes = sum((chunks[chunk] for chunk in visits), NOTHING).stage_seconds()
     transfers = _layer_transfers(run, chunks, visits, parts["exposed_expert"])
     if run.layout.pp > 1:
-        sent, hop = _hop(work)
+        sent, hop = pipeline_hop(work)
         count = 2 * len(visits) * run.microbatches  # activations one way, gradients the other
         transfers.append(Transfer("pp", "send_recv", count * sent, count, count * hop, pipeline.hop_seconds))
     if not run.training.fsdp or run.layout.pp > 1:
@@ -132,7 +132,7 @@ def train_step(run: PlannedRun) -> StepTime:
     step_seconds = sum(parts.values())
     tokens_per_second = run.step_tokens / step_seconds / run.training_gpus
     shape = run.shape
-    flops = train_flops_per_token(shape, run.training.sequence_length_tokens, mtp=shape.num_mtp_layers > 0)
+    flops = train_flops_per_token(shape, run.training.attention_length_tokens, mtp=shape.num_mtp_layers > 0)
     return StepTime(
         parts_seconds=parts,
         step_seconds=step_seconds,
@@ -254,10 +254,11 @@ def pipeline_of(work: Work, chunks: Sequence[PassTime]) -> PipelineTime:
     paired = training.overlap_expert and run.layout.ep > 1
     contention = contention_share(work, DISPATCHER_MULTIPROCESSORS[training.dispatcher])
     stages = [chunk.stage_seconds() for chunk in chunks]
-    return pipeline_time(run.layout.schedule, stages, run.layout.pp, run.microbatches, _hop(work)[1], paired, contention)
+    hop_seconds = pipeline_hop(work)[1]
+    return pipeline_time(run.layout.schedule, stages, run.layout.pp, run.microbatches, hop_seconds, paired, contention)
 
 
-def _hop(work: Work) -> tuple[float, float]:
+def pipeline_hop(work: Work) -> tuple[float, float]:
     """(bytes, seconds) of a micro-batch's hidden states from one pipeline rank to the next."""
     if work.run.layout.pp == 1:
         return 0.0, 0.0
