@@ -1,0 +1,221 @@
+"""Whether a model, a batch and a number of GPUs divide over the degrees of a layout."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from .problem import Problem, nearest_fitting, nearest_multiples
+
+if TYPE_CHECKING:
+    from .run import PlannedRun
+
+
+def rank_problems(run: "PlannedRun") -> Iterator[Problem]:
+    """Whether the training GPUs divide over the degrees. Until they do, nothing below can be asked."""
+    layout, ranks = run.layout, run.training_gpus
+    model_ranks = layout.tp * layout.cp * layout.pp
+    if ranks % model_ranks:
+        reason = f"{ranks} training GPUs can't hold tp {layout.tp} x cp {layout.cp} x pp {layout.pp} = {model_ranks}"
+        generating = run.gpus - ranks
+        yield Problem("gpus", run.gpus, reason, tuple(generating + fit for fit in nearest_multiples(ranks, model_ranks)))
+    elif layout.dp not in (0, ranks // model_ranks):
+        reason = f"{ranks} training GPUs with tp {layout.tp} x cp {layout.cp} x pp {layout.pp} give another number of replicas"
+        yield Problem("layout.dp", layout.dp, reason, (ranks // model_ranks,))
+    elif ranks // layout.pp % (layout.ep * layout.etp):
+        dense_ranks = ranks // layout.pp
+        reason = f"ep x etp = {layout.ep * layout.etp} doesn't divide dp x cp x tp = {dense_ranks}"
+        yield Problem("layout.ep", layout.ep, reason, nearest_fitting(layout.ep, dense_ranks, lambda ep: _ep_fits(run, ep)))
+
+
+def tensor_problems(run: "PlannedRun") -> Iterator[Problem]:
+    """Widths that tensor parallelism divides."""
+    layout = run.layout
+    reasons = _undivided_by_tp(run, layout.tp)
+    if reasons:
+        most = run.training_gpus // (layout.cp * layout.pp)
+        nearest = nearest_fitting(layout.tp, most, lambda tp: _ranks_fit(run, tp=tp) and not _undivided_by_tp(run, tp))
+        yield from (Problem("layout.tp", layout.tp, reason, nearest) for reason in reasons)
+
+
+def _undivided_by_tp(run: "PlannedRun", tp: int) -> list[str]:
+    shape, moe = run.shape, run.shape.moe
+    counts = {"heads": shape.num_heads, "tokens of the vocabulary": shape.vocab_size}
+    counts["columns of a dense MLP"] = shape.dense_intermediate_size
+    counts["columns of the shared experts"] = moe.shared_intermediate_size if moe is not None else 0
+    if run.layout.sp:
+        counts["tokens of a micro-batch"] = run.microbatch_tokens
+    reasons = [f"doesn't divide {count} {what}" for what, count in counts.items() if count % tp]
+    return reasons if _kv_heads_fit(run, tp) else [*reasons, _kv_reason(run, "it")]
+
+
+def _kv_heads_fit(run: "PlannedRun", ranks: int) -> bool:
+    """Every rank gets as many key/value heads, or every head as many copies. Latent attention has a key for each head."""
+    kv_heads = run.shape.num_kv_heads
+    return run.shape.mla is not None or kv_heads % ranks == 0 or ranks % kv_heads == 0
+
+
+def _kv_reason(run: "PlannedRun", ranks: str) -> str:
+    return f"{run.shape.num_kv_heads} key/value heads neither divide by {ranks} nor can all be copied equally often"
+
+
+def _ranks_fit(run: "PlannedRun", tp: int = 0, cp: int = 0, pp: int = 0) -> bool:
+    """Whether the training GPUs would divide with one degree changed."""
+    layout = run.layout
+    pp = pp or layout.pp
+    model_ranks = (tp or layout.tp) * (cp or layout.cp) * pp
+    return run.training_gpus % model_ranks == 0 and run.training_gpus // pp % (layout.ep * layout.etp) == 0
+
+
+def expert_problems(run: "PlannedRun") -> Iterator[Problem]:
+    """Experts over ep, their columns over etp."""
+    layout, moe = run.layout, run.shape.moe
+    if moe is None:
+        for name in ("ep", "etp"):
+            if getattr(layout, name) > 1:
+                yield Problem(f"layout.{name}", getattr(layout, name), f"{run.shape.name} has no experts", (1,))
+        return
+    dense_ranks = run.training_gpus // layout.pp
+    if moe.num_experts % layout.ep:
+        nearest = nearest_fitting(layout.ep, dense_ranks, lambda ep: _ep_fits(run, ep))
+        yield Problem("layout.ep", layout.ep, f"doesn't divide {moe.num_experts} experts", nearest)
+    width = moe.expert_intermediate_size
+    if width % layout.etp:
+        nearest = nearest_fitting(
+            layout.etp, dense_ranks, lambda etp: width % etp == 0 and dense_ranks % (layout.ep * etp) == 0
+        )
+        yield Problem("layout.etp", layout.etp, f"doesn't divide {width} columns of an expert", nearest)
+
+
+def _ep_fits(run: "PlannedRun", ep: int) -> bool:
+    experts = run.shape.moe.num_experts if run.shape.moe is not None else 1
+    return experts % ep == 0 and run.training_gpus // run.layout.pp % (ep * run.layout.etp) == 0
+
+
+def context_problems(run: "PlannedRun") -> Iterator[Problem]:
+    """Sequences, and with ulysses heads, over cp."""
+    cp = run.layout.cp
+    if cp == 1:
+        return
+    reasons = _undivided_by_cp(run, cp)
+    if reasons:
+        most = run.training_gpus // (run.layout.tp * run.layout.pp)
+        nearest = nearest_fitting(cp, most, lambda other: _ranks_fit(run, cp=other) and not _undivided_by_cp(run, other))
+        yield from (Problem("layout.cp", cp, reason, nearest) for reason in reasons)
+
+
+def _undivided_by_cp(run: "PlannedRun", cp: int) -> list[str]:
+    tokens = run.training.sequence_length_tokens
+    if cp == 1:
+        return []
+    if run.layout.cp_kind == "ring":  # each rank has an early and a late part, so that causal attention is balanced
+        return [f"a sequence of {tokens} tokens doesn't divide into 2 parts a rank"] if tokens % (2 * cp) else []
+    reasons = [f"doesn't divide a sequence of {tokens} tokens"] if tokens % cp else []
+    ranks = run.layout.tp * cp
+    if run.shape.num_heads % ranks:
+        reasons.append(f"ulysses divides {run.shape.num_heads} heads by tp x cp = {ranks}, which doesn't go")
+    return reasons if _kv_heads_fit(run, ranks) else [*reasons, _kv_reason(run, f"tp x cp = {ranks}")]
+
+
+def pipeline_problems(run: "PlannedRun") -> Iterator[Problem]:
+    """Layers over pipeline ranks and their chunks."""
+    layout, layers = run.layout, run.shape.num_layers
+    undivided = list(_stage_layers_problems(run))
+    if undivided:
+        yield from undivided
+    elif not _pp_fits(run, layout.pp):
+        odd = layout.schedule == "dualpipe" and layout.pp % 2
+        chunks = " of two chunks" if layout.schedule == "dualpipev" else ""
+        reason = "schedule dualpipe pairs the ranks" if odd else f"{layers} layers don't fill as many ranks{chunks}"
+        yield Problem("layout.pp", layout.pp, reason, nearest_fitting(layout.pp, layers, lambda pp: _pp_fits(run, pp)))
+    elif not _chunks_filled(run):
+        if layout.schedule != "interleaved":
+            yield Problem("stage_layers", run.stage_layers, "leaves a rank, or a chunk of one, without layers")
+            return
+        nearest = nearest_fitting(layout.vpp, layers, lambda vpp: vpp > 1 and _chunks_filled(_with_vpp(run, vpp)))
+        fewest = min(run.stage_layers or (layers // layout.pp,))
+        yield Problem("layout.vpp", layout.vpp, f"a rank with {fewest} layers doesn't fill as many chunks", nearest)
+
+
+def _stage_layers_problems(run: "PlannedRun") -> Iterator[Problem]:
+    given, layers = run.stage_layers, run.shape.num_layers
+    if given and len(given) != run.layout.pp:
+        yield Problem("stage_layers", given, f"is for {len(given)} ranks, and layout.pp is {run.layout.pp}")
+    elif given and min(given) < 0:
+        yield Problem("stage_layers", given, "a rank has 0 layers or more")
+    elif given and sum(given) != layers:
+        last = given[-1] + layers - sum(given)
+        nearest = ((*given[:-1], last),) if last >= 0 else ()
+        yield Problem("stage_layers", given, f"has {sum(given)} layers in all; {run.shape.name} has {layers}", nearest)
+
+
+def _pp_fits(run: "PlannedRun", pp: int) -> bool:
+    schedule = run.layout.schedule
+    chunks_per_rank = 2 if schedule == "dualpipev" and pp > 1 else 1
+    return _ranks_fit(run, pp=pp) and pp * chunks_per_rank <= run.shape.num_layers and (schedule != "dualpipe" or pp % 2 == 0)
+
+
+def _chunks_filled(run: "PlannedRun") -> bool:
+    return all(run.chunks()[1:-1])  # the first and the last one have embedding and head to work on
+
+
+def _with_vpp(run: "PlannedRun", vpp: int) -> "PlannedRun":
+    return replace(run, layout=replace(run.layout, vpp=vpp))
+
+
+def batch_problems(run: "PlannedRun") -> Iterator[Problem]:
+    """Sequences of a step over replicas and micro-batches, and micro-batches over the schedule."""
+    layout, training, pp = run.layout, run.training, run.layout.pp
+    batch, unit = training.global_batch_sequences, layout.dp * training.micro_batch_sequences
+    setting = "training.global_batch_sequences"
+    if layout.schedule == "interleaved":
+        unit_of_schedule, fewest, needs = unit * pp, 1, f"a multiple of pp = {pp}"
+    elif layout.schedule == "dualpipe":
+        unit_of_schedule, fewest, needs = unit * 2, pp, f"an even number of at least 2 x pp = {2 * pp}"
+    elif layout.schedule == "dualpipev":
+        unit_of_schedule, fewest, needs = unit, 2 * pp, f"at least 2 x pp = {2 * pp}"
+    else:
+        unit_of_schedule, fewest, needs = unit, 1, ""
+    least = fewest * unit_of_schedule
+    if batch % unit_of_schedule == 0 and batch >= least:
+        return
+    reason = f"doesn't divide into micro-batches of {training.micro_batch_sequences} on {layout.dp} replicas"
+    if batch % unit == 0:
+        reason = f"gives {batch // unit} micro-batches a replica; schedule {layout.schedule} needs {needs}"
+    nearest = (least,) if batch < least else nearest_multiples(batch, unit_of_schedule)
+    yield Problem(setting, batch, reason, nearest)
+
+
+def rollout_problems(run: "PlannedRun") -> Iterator[Problem]:
+    """The model over the GPUs of a generation engine, and engines over the GPUs that generate."""
+    plan, shape, moe = run.rollout, run.shape, run.shape.moe
+    if plan is None:
+        return
+    reasons = _undivided_by_rollout_tp(run, plan.tp)
+    nearest = nearest_fitting(plan.tp, run.rollout_gpus, lambda tp: not _undivided_by_rollout_tp(run, tp)) if reasons else ()
+    yield from (Problem("rollout.tp", plan.tp, reason, nearest) for reason in reasons)
+    if plan.ep > 1 and moe is None:
+        yield Problem("rollout.ep", plan.ep, f"{shape.name} has no experts", (1,))
+    elif plan.ep > 1 and (moe.num_experts % plan.ep or plan.ep % plan.tp):
+        reason = f"must divide {moe.num_experts} experts and be a multiple of rollout.tp {plan.tp}"
+        fits = nearest_fitting(plan.ep, run.rollout_gpus, lambda ep: moe.num_experts % ep == 0 and ep % plan.tp == 0)
+        yield Problem("rollout.ep", plan.ep, reason, fits)
+    if plan.pp > shape.num_layers:
+        yield Problem("rollout.pp", plan.pp, f"{shape.num_layers} layers don't fill as many ranks", (shape.num_layers,))
+    if run.rollout_gpus % plan.engine_gpus:
+        reason = f"generation engines take max(tp {plan.tp}, ep {plan.ep}) x pp {plan.pp} = {plan.engine_gpus} GPUs each"
+        if run.placement == "split":
+            fits = tuple(gpus for gpus in nearest_multiples(plan.gpus, plan.engine_gpus) if gpus < run.gpus)
+            yield Problem("rollout.gpus", plan.gpus, reason, fits)
+        else:
+            unit = math.lcm(plan.engine_gpus, run.layout.tp * run.layout.cp * run.layout.pp)
+            yield Problem("gpus", run.gpus, reason, nearest_multiples(run.gpus, unit))
+
+
+def _undivided_by_rollout_tp(run: "PlannedRun", tp: int) -> list[str]:
+    shape, moe = run.shape, run.shape.moe
+    counts = {"heads": shape.num_heads, "columns of a dense MLP": shape.dense_intermediate_size}
+    if moe is not None and run.rollout.ep == 1:
+        counts["columns of an expert"] = moe.expert_intermediate_size
+    reasons = [f"doesn't divide {count} {what}" for what, count in counts.items() if count % tp]
+    return reasons if _kv_heads_fit(run, tp) else [*reasons, _kv_reason(run, "it")]

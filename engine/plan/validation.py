@@ -1,0 +1,133 @@
+"""What is wrong with a planned run before anything is predicted: every mistake at once, with the nearest numbers that fit.
+
+Whether it fits into memory is asked by `search.check`, which also asks this.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from .layout_fit import (
+    batch_problems,
+    context_problems,
+    expert_problems,
+    pipeline_problems,
+    rank_problems,
+    rollout_problems,
+    tensor_problems,
+)
+from .problem import Problem, nearest_fitting
+
+if TYPE_CHECKING:
+    from .run import PlannedRun
+
+CHECKS = (tensor_problems, expert_problems, context_problems, pipeline_problems, batch_problems, rollout_problems)
+FLOAT_BYTES = (1, 2, 4)
+
+
+def problems(run: "PlannedRun") -> list[Problem]:
+    """All mistakes of a run, its layout resolved or not; [] if there are none.
+
+    Impossible values (a degree of 0), contradictions and GPUs that don't divide over the degrees come alone: what they make
+    of the rest has no meaning.
+    """
+    found = [*_value_problems(run), *_training_problems(run), *_placement_problems(run)] or list(rank_problems(run))
+    if found:
+        return found
+    layout = run.layout
+    replicas = run.training_gpus // (layout.tp * layout.cp * layout.pp)
+    resolved = replace(run, layout=replace(layout, dp=replicas))
+    return [problem for check in CHECKS for problem in check(resolved)]
+
+
+def _value_problems(run: "PlannedRun") -> Iterator[Problem]:
+    """Values that no other setting could make right."""
+    training, rollout = run.training, run.rollout
+    least: dict[str, tuple[float, int]] = {"gpus": (run.gpus, 1), "steps": (run.steps, 1)}
+    least |= {f"layout.{name}": (getattr(run.layout, name), 1) for name in ("tp", "cp", "pp", "vpp", "ep", "etp")}
+    for name in ("sequence_length_tokens", "global_batch_sequences", "micro_batch_sequences", "expert_imbalance"):
+        least[f"training.{name}"] = (getattr(training, name), 1)
+    least["training.recompute_layers"] = (training.recompute_layers, 0)
+    choices: dict[str, tuple[float, tuple[float, ...]]] = {
+        "training.weights_dtype_bytes": (training.weights_dtype_bytes, FLOAT_BYTES),
+        "training.gradient_dtype_bytes": (training.gradient_dtype_bytes, (2, 4)),
+        "training.moment_dtype_bytes": (training.moment_dtype_bytes, FLOAT_BYTES),
+        "training.dispatch_dtype_bytes": (training.dispatch_dtype_bytes, (1, 2)),
+    }
+    if rollout is not None:
+        for name in ("prompts_per_step", "group_size", "prompt_tokens", "mean_response_tokens", "max_response_tokens", "tp",
+                     "pp", "ep", "max_sequences", "speculative_tokens", "optimizer_steps", "train_epochs"):  # fmt: skip
+            least[f"rollout.{name}"] = (getattr(rollout, name), 1)
+        for name in ("gpus", "response_spread", "steps_ahead", "reward_seconds"):
+            least[f"rollout.{name}"] = (getattr(rollout, name), 0)
+        choices["rollout.weights_dtype_bytes"] = (rollout.weights_dtype_bytes, (0.5, *FLOAT_BYTES))
+        choices["rollout.kv_dtype_bytes"] = (rollout.kv_dtype_bytes, FLOAT_BYTES)
+        if not 0 < rollout.memory_fraction <= 1:
+            yield Problem("rollout.memory_fraction", rollout.memory_fraction, "a share of memory is above 0 and at most 1")
+    for setting, (value, minimum) in least.items():
+        if not value >= minimum:  # not `<`, which NaN would pass
+            yield Problem(setting, value, f"must be at least {minimum}", (minimum,))
+    for setting, (value, allowed) in choices.items():
+        if value not in allowed:
+            yield Problem(setting, value, f"must be {' or '.join(map(str, allowed))} bytes")
+
+
+def _training_problems(run: "PlannedRun") -> Iterator[Problem]:
+    """Settings of training that exclude each other or have no effect, whatever the numbers of GPUs."""
+    training, layout = run.training, run.layout
+    if training.precision == "fp32" and training.weights_dtype_bytes != 4:
+        value = training.weights_dtype_bytes
+        yield Problem("training.weights_dtype_bytes", value, "precision fp32 has weights of 4 bytes", (4,))
+    if "layer" in training.recompute and len(training.recompute) > 1:
+        yield Problem("training.recompute", training.recompute, "'layer' holds all other parts", (("layer",),))
+    if training.recompute_layers > 0 and not training.recompute:
+        yield Problem("training.recompute_layers", training.recompute_layers, "has no effect without training.recompute", (0,))
+    if training.overlap_expert and run.shape.moe is None:
+        yield Problem("training.overlap_expert", True, f"{run.shape.name} has no experts", (False,))
+    if training.overlap_expert and layout.schedule == "zero-bubble":
+        fits = ("1f1b", "interleaved", "dualpipe", "dualpipev")
+        yield Problem("layout.schedule", layout.schedule, "has no pairs of passes for training.overlap_expert", fits)
+    if layout.sp and layout.tp == 1:
+        yield Problem("layout.sp", True, "splits tokens over tensor-parallel ranks, and layout.tp is 1", (False,))
+    if layout.cp == 1 and layout.cp_kind != "ring":
+        yield Problem("layout.cp_kind", layout.cp_kind, "has no effect while layout.cp is 1", ("ring",))
+    if layout.pp == 1 and layout.schedule != "1f1b":
+        yield Problem("layout.schedule", layout.schedule, "has no effect while layout.pp is 1", ("1f1b",))
+    if layout.vpp > 1 and (layout.pp == 1 or layout.schedule != "interleaved"):
+        because = "layout.pp is 1" if layout.pp == 1 else f"layout.schedule is {layout.schedule}, not interleaved"
+        yield Problem("layout.vpp", layout.vpp, f"has no effect while {because}", (1,))
+    if layout.vpp == 1 and layout.pp > 1 and layout.schedule == "interleaved":
+        yield Problem("layout.vpp", layout.vpp, "schedule interleaved needs several chunks a rank", (2,))
+
+
+def _placement_problems(run: "PlannedRun") -> Iterator[Problem]:
+    """Settings of the rollout that exclude each other or those of training."""
+    plan, split = run.rollout, run.placement == "split"
+    if plan is None:
+        if split:
+            yield Problem("placement", run.placement, "nothing is generated: there is no rollout part", ("colocated",))
+        return
+    if split and not 0 < plan.gpus < run.gpus:
+        reason = f"with split placement some of the {run.gpus} GPUs generate and the others train"
+        yield Problem("rollout.gpus", plan.gpus, reason, () if run.gpus < 2 else (1,) if plan.gpus < 1 else (run.gpus - 1,))
+    if split and plan.weight_sync in ("alias", "local_copy"):
+        reason = "with split placement weights come from other GPUs"
+        yield Problem("rollout.weight_sync", plan.weight_sync, reason, ("reshard", "stream"))
+    if split and plan.offload_training:
+        yield Problem("rollout.offload_training", True, "with split placement nobody waits for the trainer's memory", (False,))
+    if not split and plan.gpus > 0:
+        yield Problem("rollout.gpus", plan.gpus, "with colocated placement all GPUs generate", (0,))
+    if not split and plan.steps_ahead > 0:
+        yield Problem("rollout.steps_ahead", plan.steps_ahead, "with colocated placement generation waits for training", (0,))
+    if plan.mean_response_tokens > plan.max_response_tokens:
+        reason = f"responses are cut at {plan.max_response_tokens} tokens, so their mean is no longer"
+        yield Problem("rollout.mean_response_tokens", plan.mean_response_tokens, reason, (plan.max_response_tokens,))
+    if plan.max_response_tokens > run.training.sequence_length_tokens:
+        reason = f"a response of up to {plan.max_response_tokens} tokens must fit into a sequence"
+        value, fits = run.training.sequence_length_tokens, (plan.max_response_tokens,)
+        yield Problem("training.sequence_length_tokens", value, reason, fits)
+    samples = plan.prompts_per_step * plan.group_size
+    if plan.optimizer_steps >= 1 and samples % plan.optimizer_steps:
+        reason = f"{samples} samples don't divide into as many mini-batches"
+        fits = nearest_fitting(plan.optimizer_steps, samples, lambda steps: samples % steps == 0)
+        yield Problem("rollout.optimizer_steps", plan.optimizer_steps, reason, fits)
