@@ -9,12 +9,12 @@ fitted. Constants of engine.plan that say "fitted" saw the fitted families alone
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from engine.config import Layout
-from engine.plan.devices import DEVICES
-from engine.plan.facts import train_flops_per_token
-from engine.plan.models import SHAPES
-from engine.plan.run import PlannedRun, TrainingPlan
-from engine.plan.shape import ModelShape
+from strop.engine.config import Layout
+from strop.engine.plan.devices import DEVICES
+from strop.engine.plan.facts import train_flops_per_token
+from strop.engine.plan.models import SHAPES
+from strop.engine.plan.run import PlannedRun, TrainingPlan
+from strop.engine.plan.shape import ModelShape
 
 Unit = Literal["tokens_per_second_per_gpu", "step_seconds", "tflops_per_gpu"]
 BRIDGE = "Megatron-Bridge docs/performance-summary-archive.md"

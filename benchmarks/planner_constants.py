@@ -1,0 +1,83 @@
+"""The planner's constants that were fitted on published rows: which they are, and what the fitted rows ask them to be.
+
+There are few, every one is a property of the hardware or of a communication library, and all rows share them. `fit` minimises
+the mean squared logarithm of predicted over published step time of the fitted families, by Gauss-Newton steps on the
+constants' logarithms; it prints what it finds. The values themselves live beside the formulas that use them.
+"""
+
+import importlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from planner_rows import TrainingRow
+
+from strop.engine.plan.training import train_step
+
+ROUNDS = 6
+STEP = 0.02
+"""Of a constant's logarithm, for the finite differences."""
+LARGEST_MOVE = 0.2
+"""Of a constant's logarithm in one round."""
+PRIOR_WEIGHT = 0.05
+"""How strongly a constant is held at its present value: the rows decide wherever they say anything."""
+
+
+@dataclass(frozen=True)
+class FittedConstant:
+    """A number of an engine.plan module, or an entry of a dictionary there."""
+
+    module: str
+    name: str
+    key: str | None
+    meaning: str
+
+    @property
+    def label(self) -> str:
+        return self.name if self.key is None else f"{self.name}[{self.key}]"
+
+    def get(self) -> float:
+        value = getattr(self._module, self.name)
+        return value if self.key is None else value[self.key]
+
+    def set(self, value: float) -> None:
+        if self.key is None:
+            setattr(self._module, self.name, value)
+        else:
+            getattr(self._module, self.name)[self.key] = value
+
+    @property
+    def _module(self):
+        return importlib.import_module(f"strop.engine.plan.{self.module}")
+
+
+FITTED: tuple[FittedConstant, ...] = (
+    FittedConstant("efficiency", "SUSTAINED_FRACTION", "bf16", "tensor-core clock in a training step over a microbenchmark's"),
+    FittedConstant("efficiency", "SUSTAINED_FRACTION", "fp8-tensorwise", "the same, FP8 with a scale a tensor"),
+    FittedConstant("efficiency", "SUSTAINED_FRACTION", "fp8-blockwise", "the same, FP8 with a scale a block"),
+)
+
+
+def log_errors(rows: Sequence[TrainingRow]) -> np.ndarray:
+    return np.array([math.log(train_step(row.run).step_seconds / row.published_step_seconds) for row in rows])
+
+
+def fit(rows: Sequence[TrainingRow], constants: Sequence[FittedConstant] = FITTED) -> dict[str, float]:
+    """The constants that fit these rows best; they are left set, so that errors can be printed with them."""
+    start = np.log([constant.get() for constant in constants])
+    logs = start.copy()
+
+    def errors_at(point: np.ndarray) -> np.ndarray:
+        for constant, value in zip(constants, np.exp(point), strict=True):
+            constant.set(float(value))
+        return log_errors(rows)
+
+    for _ in range(ROUNDS):
+        errors = errors_at(logs)
+        slopes = np.column_stack([(errors_at(logs + STEP * unit) - errors) / STEP for unit in np.eye(len(logs))])
+        matrix = np.vstack([slopes, PRIOR_WEIGHT * math.sqrt(len(rows)) * np.eye(len(logs))])
+        wanted = np.concatenate([-errors, PRIOR_WEIGHT * math.sqrt(len(rows)) * (start - logs)])
+        logs = logs + np.clip(np.linalg.lstsq(matrix, wanted, rcond=None)[0], -LARGEST_MOVE, LARGEST_MOVE)
+    errors_at(logs)
+    return {constant.label: constant.get() for constant in constants}
