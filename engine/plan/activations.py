@@ -16,9 +16,13 @@ ROUTER_BYTES = 9
 """A token and expert: fp32 logits and probabilities, and the map of who goes where."""
 FUSED_LOGITS_BYTES = 512 * 2**20
 """What strop.kernels lets logits and their gradient take on a GPU (BUFFER_BYTES of kernels/lm_head.py)."""
-LOGIT_BYTES = {"in-place": 2, "materialized": 12}
-"""A logit, at the moment that holds most. in-place: 16 bits, the gradient takes their place. materialized, with torch's
-cross_entropy(logits.float()): the fp32 log-softmax, its gradient and the logits' gradient."""
+LOGIT_BYTES = {"in-place": 2, "materialized": 8, "eager": 12}
+"""A logit, at the moment that holds most. in-place: 16 bits, the gradient takes their place. materialized: the 16-bit logits,
+the fp32 softmax that becomes their gradient, and that gradient in 16 bits (Megatron-LM, core/tensor_parallel/cross_entropy.py).
+eager: the fp32 log-softmax, its gradient and the logits' gradient."""
+SPLIT_EAGER_LOGIT_BYTES = 16
+"""eager over tensor-parallel ranks: log-softmax, one-hot gradient, softmax and their sum, all fp32 (PyTorch,
+torch/distributed/tensor/parallel/loss.py)."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,15 @@ def in_flight(run: PlannedRun, rank: int) -> float:
 
 
 def stage_kept_bytes(run: PlannedRun, stage: Stage) -> float:
-    """Of all layers and micro-batches in flight on a pipeline rank, and the last norm's input and output."""
-    last_norm = 2 * _split_tokens(run) * run.shape.hidden_size * _element_bytes(run) if stage.has_head else 0
-    return sum(kept_bytes(run, layer) for layer in stage.layers) * in_flight(run, stage.index) + last_norm
+    """Of all layers and micro-batches in flight on a pipeline rank, and the last norm's input and output.
+
+    Where the exchange of experts is hidden behind another micro-batch, that one's forward pass is a layer ahead of what the
+    backward pass has freed.
+    """
+    layers = [kept_bytes(run, layer) for layer in stage.layers]
+    ahead = max(layers) if run.training.overlap_expert else 0.0
+    last_norm = 2 * _split_tokens(run) * run.shape.hidden_size * _element_bytes(run) if stage.has_head else 0.0
+    return sum(layers) * in_flight(run, stage.index) + ahead + last_norm
 
 
 def layer_working_bytes(run: PlannedRun, stage: Stage) -> float:
@@ -102,7 +112,9 @@ def head_working_bytes(run: PlannedRun, stage: Stage) -> tuple[float, float]:
     hidden = 2 * tokens * shape.hidden_size * _element_bytes(run)
     if training.logits == "fused":
         return min(FUSED_LOGITS_BYTES, LOGIT_BYTES["materialized"] * tokens * rows), hidden
-    return LOGIT_BYTES[training.logits] * tokens * rows * (1 + shape.num_mtp_layers), hidden
+    split_eager = training.logits == "eager" and run.layout.tp > 1
+    logit_bytes = SPLIT_EAGER_LOGIT_BYTES if split_eager else LOGIT_BYTES[training.logits]
+    return logit_bytes * tokens * rows * (1 + shape.num_mtp_layers), hidden
 
 
 def _element_bytes(run: PlannedRun) -> int:

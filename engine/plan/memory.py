@@ -18,8 +18,8 @@ PARTS = (
 )  # fmt: skip
 GIB = 2**30
 FRAGMENTATION = 0.05
-"""Memory that PyTorch's allocator holds beyond the peak of what is allocated, as a fraction of that: fitted on the 19 layouts of
-MooreThreads/SimuMax docs/b200/b200_release_v1.2_summary.json (1.03 to 1.09, median 1.05). Expandable segments need less."""
+"""Memory that PyTorch's allocator holds beyond the peak of what is allocated, as a fraction of that: median of the 19 layouts
+of MooreThreads/SimuMax, docs/b200/b200_release_v1.2_summary.json (0.03 to 0.09). Expandable segments need less."""
 CONTEXT_BYTES = 0.52 * GIB
 """A CUDA context and its libraries' handles."""
 COMMUNICATOR_BYTES = 0.4 * GIB
@@ -131,7 +131,7 @@ def colocated_rollout_memory(run: PlannedRun) -> tuple[StageMemory, ...]:
 
 
 def rollout_weight_bytes(run: PlannedRun) -> float:
-    """Weights on one GPU of a rollout engine of its own layout: tp splits all matrices, ep (where above 1) the experts instead."""
+    """Weights on one GPU of a rollout engine with a layout of its own: tp splits all matrices, ep (if larger) the experts."""
     rollout, counts = run.rollout, parameters(run.shape)
     experts = counts["experts"] / max(rollout.ep, rollout.tp)
     replicated = counts["norms"] + counts["router"]
@@ -173,8 +173,8 @@ def communication_bytes(run: PlannedRun, stage: Stage) -> float:
 
 
 def _fsdp_bytes(run: PlannedRun, stage: Stage, element: int) -> float:
-    """Without a pipeline, layers are gathered one by one, and again in the backward pass. With one, that would be done for every
-    micro-batch, so gathered weights stay and gradients add up whole (torchtitan's reshard_after_forward "default")."""
+    """Without a pipeline, layers are gathered one by one, and again in the backward pass. With one, every micro-batch would do
+    that, so gathered weights stay and gradients add up whole (torchtitan, parallelize_llama.py: reshard_after_forward)."""
     dense_shards, expert_shards = replicas(run)
     gradient = run.training.gradient_dtype_bytes
     if run.layout.pp > 1:

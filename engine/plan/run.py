@@ -47,9 +47,10 @@ class TrainingPlan:
     (ZeRO-1)."""
     offload_optimizer: bool = False
     """Optimizer states live in the host's memory and the CPU updates the weights."""
-    logits: Literal["fused", "in-place", "materialized"] = "fused"
-    """fused: the head's logits exist a chunk at a time (strop.kernels); in-place: all in 16 bits, their gradient written over
-    them (Transformer Engine's fused cross entropy, which NVIDIA's recipes use); materialized: all, as fp32 with gradient."""
+    logits: Literal["fused", "in-place", "materialized", "eager"] = "fused"
+    """fused: the head's logits exist a chunk at a time (strop.kernels). All at once: in-place, in 16 bits, their gradient
+    written over them (Transformer Engine's fused cross entropy, NVIDIA's recipes); materialized, as fp32 softmax that becomes
+    the gradient (Megatron's own); eager, torch's cross_entropy(logits.float()) with gradients of its own (torchtitan)."""
     dispatcher: Dispatcher = "deepep"
     """How tokens reach their experts: NCCL's all-to-all of every copy, or DeepEP / HybridEP: a token goes to a node once."""
     dispatch_dtype_bytes: int = 2
@@ -62,6 +63,8 @@ class TrainingPlan:
     """Tensor-parallel collectives run beside pieces of the product that needs them."""
     overlap_data: bool = True
     """Gradient reduce-scatter and parameter all-gather run beside the first and last micro-batches."""
+    attention_kernel: Literal["flash2", "flash3"] = "flash3"
+    """FlashAttention's generation. 2 is what torch's scaled_dot_product_attention runs; 3 stands for cuDNN's as well."""
     compiled: bool = True
     """Element-wise operations are fused (Transformer Engine, torch.compile, own kernels) instead of eager, one by one."""
     cuda_graphs: bool = False

@@ -53,8 +53,8 @@ class StateBytes:
 def layer_rank_parameters(run: PlannedRun, layer: int) -> RankParameters:
     """Of one layer (or MTP module) on a rank that holds it.
 
-    Tensor parallelism splits the projections of heads, the MLP's and the shared experts' columns and an MTP module's projection;
-    norms, router and MLA's down-projections are on every rank, and so is a KV head where tp exceeds their number.
+    Tensor parallelism splits the projections of heads, the MLP's and the shared experts' columns and an MTP module's
+    projection; norms, router and MLA's down-projections are on every rank, and so is a KV head where tp exceeds their number.
     """
     shape, layout = run.shape, run.layout
     counts, matrices = layer_parameters(shape, layer), layer_matrix_parameters(shape, layer)
@@ -91,7 +91,7 @@ def rank_parameters(run: PlannedRun, stage: Stage) -> RankParameters:
 
 
 def replicas(run: PlannedRun) -> tuple[int, int]:
-    """Over how many ranks optimizer states (with FSDP: weights and gradients too) of dense and expert parameters are sharded."""
+    """Ranks over which optimizer states (with FSDP: all states) are sharded: of dense and of expert parameters."""
     directions = 2 if run.layout.schedule == "dualpipe" and run.layout.pp > 1 else 1
     return run.layout.dp * run.layout.cp * directions, run.edp * directions
 
@@ -119,8 +119,8 @@ def fp8_copy_bytes(run: PlannedRun) -> int:
     """Bytes that each parameter of a layer's matrices takes beyond its weight, for FP8 products.
 
     Hopper's FP8 tensor cores read both operands along the summed dimension, so the forward and the input-gradient product need
-    the weight and its transpose. Transformer Engine casts both once an optimizer step and keeps them beside 16-bit weights; where
-    the weights themselves are FP8 (fp8_param_gather, weights_dtype_bytes=1) only the transpose is added
+    the weight and its transpose. Transformer Engine casts both once an optimizer step and keeps them beside 16-bit weights;
+    where the weights themselves are FP8 (fp8_param_gather, weights_dtype_bytes=1) only the transpose is added
     (NVIDIA/TransformerEngine, transformer_engine/pytorch/module/base.py, get_weight_workspace). FSDP gathers, casts and drops.
     """
     training = run.training
