@@ -6,7 +6,6 @@ An engine is tp x pp GPUs, or ep x pp where ep > tp: then ep / tp data-parallel 
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +14,10 @@ from ..config import InputError
 from .collectives import collective_seconds, combine_seconds, dispatch_seconds
 from .devices import DeviceFacts, device_named
 from .efficiency import Precision, gemm_seconds, grouped_gemm_seconds, memory_bound_seconds
-from .facts import layer_parameters
+from .facts import kv_bytes_per_token
+from .memory import rollout_kv_cache_bytes, rollout_weight_bytes
 from .run import PlannedRun, RolloutPlan
 from .shape import ModelShape
-from .states import attention_rank_matrices
 
 HOST_STEP_SECONDS = 2.5e-3
 """Scheduling, input preparation and output handling of a decoding step, while the GPU waits (fitted on RL rows; vLLM)."""
@@ -49,8 +48,7 @@ KERNELS = {"dense": 8, "moe": 14}
 class GenerationEngine:
     """One engine of a run's rollout, and how many equal ones there are."""
 
-    shape: ModelShape
-    plan: RolloutPlan
+    run: PlannedRun
     device: DeviceFacts
     count: int
     """Engines."""
@@ -74,7 +72,20 @@ class GenerationEngine:
         if plan.ep > 1 and (shape.moe is None or shape.moe.num_experts % plan.ep or plan.ep % plan.tp):
             experts = "no experts" if shape.moe is None else f"{shape.moe.num_experts} experts"
             raise InputError(f"rollout ep {plan.ep} must divide {experts} of {shape.name} and be a multiple of tp {plan.tp}")
-        return GenerationEngine(shape, plan, device_named(run.device), run.rollout_gpus // gpus)
+        if rollout_kv_cache_bytes(run) <= 0:
+            raise InputError(
+                f"rollout weights of {rollout_weight_bytes(run) / 1e9:.1f} GB a GPU leave nothing of memory_fraction "
+                f"{plan.memory_fraction:g} for the KV cache: use more rollout tp, pp or ep"
+            )
+        return GenerationEngine(run, device_named(run.device), run.rollout_gpus // gpus)
+
+    @property
+    def shape(self) -> ModelShape:
+        return self.run.shape
+
+    @property
+    def plan(self) -> RolloutPlan:
+        return self.run.rollout
 
     @property
     def gpus(self) -> int:
@@ -89,39 +100,11 @@ class GenerationEngine:
     def precision(self) -> Precision:
         return "bf16" if self.plan.weights_dtype_bytes >= 2 else "fp8-blockwise"
 
-    @cached_property
-    def weight_bytes(self) -> float:
-        """On one GPU: the fullest pipeline rank's layers and, with tp, its share of embedding and head (kept in bf16)."""
-        shape, plan = self.shape, self.plan
-        layers_bytes, expert_ranks = 0.0, plan.ep if plan.ep > 1 else plan.tp
-        for layer in range(shape.num_layers):
-            counts = layer_parameters(shape, layer)
-            split = (counts["dense_mlp"] + counts["shared_experts"]) / plan.tp + counts["experts"] / expert_ranks
-            layers_bytes += (attention_rank_matrices(shape, plan.tp) + split) * plan.weights_dtype_bytes
-            layers_bytes += 2 * (counts["router"] + counts["norms"])
-        tables = 1 if shape.tie_embeddings else 2
-        return layers_bytes / plan.pp + tables * shape.vocab_size * shape.hidden_size * 2 / plan.tp
-
-    @cached_property
+    @property
     def cache_bytes_per_token(self) -> float:
-        """Of one sequence's token, on one GPU. Latent vectors and fewer key-value heads than tp are held by every rank."""
-        shape, plan = self.shape, self.plan
-        if shape.mla is not None:
-            elements = shape.mla.kv_rank + shape.mla.rope_dim
-        else:
-            elements = 2 * max(1.0, shape.num_kv_heads / plan.tp) * shape.head_dim
-        return shape.num_layers / plan.pp * elements * plan.kv_dtype_bytes
-
-    @cached_property
-    def cache_capacity_tokens(self) -> float:
-        """Of one attention replica. Raises InputError where the weights leave no room."""
-        free = self.plan.memory_fraction * self.device.hbm_bytes - self.weight_bytes
-        if free <= 0:
-            raise InputError(
-                f"rollout weights take {self.weight_bytes / 1e9:.1f} GB a GPU, more than memory_fraction "
-                f"{self.plan.memory_fraction:g} of {self.device.hbm_bytes / 1e9:.0f} GB: use more tp, pp or ep"
-            )
-        return free / self.cache_bytes_per_token
+        """Of one token on one GPU. Latent vectors are on every tp rank, and so is a key-value head where there are fewer."""
+        splits = 1 if self.shape.mla is not None else min(self.plan.tp, self.shape.num_kv_heads)
+        return kv_bytes_per_token(self.shape, self.plan.kv_dtype_bytes) / splits / self.plan.pp
 
     @property
     def tokens_verified(self) -> int:

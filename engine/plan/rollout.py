@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from .decode import GenerationEngine
 from .lengths import ResponseLengths
+from .memory import rollout_kv_capacity_tokens
 from .run import PlannedRun
 
 CURVE_POINTS = 400
@@ -106,7 +107,7 @@ def most_active(engine: GenerationEngine, lengths: ResponseLengths, sequences: i
     tokens = np.linspace(0, lengths.max_tokens, 200)
     together = float(np.max(lengths.survival(tokens) * (engine.plan.prompt_tokens + tokens)))
     mixed = engine.plan.prompt_tokens + lengths.token_weighted_mean_tokens / 2
-    held = engine.cache_capacity_tokens / max(together, mixed)
+    held = rollout_kv_capacity_tokens(engine.run) / max(together, mixed)
     return max(1.0, min(sequences, engine.plan.max_sequences / engine.replicas, held))
 
 

@@ -7,10 +7,10 @@ and verl.
 from dataclasses import dataclass
 
 from ..config import InputError
-from .decode import GenerationEngine
 from .devices import device_named
 from .efficiency import memory_bound_seconds
 from .facts import total_parameters
+from .memory import rollout_weight_bytes
 from .run import PlannedRun, WeightSync
 from .shape import ModelShape
 
@@ -35,21 +35,21 @@ class WeightSyncTime:
 
 def weight_sync_time(run: PlannedRun) -> WeightSyncTime:
     """One synchronisation. Raises InputError for alias and local copies in split placement: they need the same GPU."""
-    engine, device, tier = GenerationEngine.of(run), device_named(run.device), run.rollout.weight_sync
+    weight_bytes, device, tier = rollout_weight_bytes(run), device_named(run.device), run.rollout.weight_sync
     if run.placement == "split" and tier in ("alias", "local_copy"):
         raise InputError(f"weight_sync {tier} needs placement colocated: trainer and engines share GPUs; use reshard")
     if tier == "alias":
         return WeightSyncTime(tier, 0.0, 0.0)
     if tier == "local_copy":
-        read = engine.weight_bytes * TRAINER_BYTES / run.rollout.weights_dtype_bytes
-        return WeightSyncTime(tier, 0.0, memory_bound_seconds(device, read + engine.weight_bytes))
+        read = weight_bytes * TRAINER_BYTES / run.rollout.weights_dtype_bytes
+        return WeightSyncTime(tier, 0.0, memory_bound_seconds(device, read + weight_bytes))
     in_one_node = run.gpus <= device.gpus_per_node
     link = device.nvlink_bytes_per_second if in_one_node else device.nic_bytes_per_second
     if tier == "stream":
         received = total_parameters(run.shape) * TRAINER_BYTES
         seconds = num_tensors(run.shape) * STREAM_TENSOR_SECONDS + received / (STREAM_LINK_FRACTION * link)
         return WeightSyncTime(tier, received, seconds)
-    received = engine.weight_bytes
+    received = weight_bytes
     sent = received * run.rollout_gpus / run.training_gpus  # every trainer GPU serves as many copies as its share asks for
     return WeightSyncTime(tier, received, RESHARD_SECONDS + max(received, sent) / (RESHARD_LINK_FRACTION * link))
 
