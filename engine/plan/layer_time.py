@@ -14,12 +14,17 @@ from .run import PlannedRun, RecomputePart
 from .shape import MoeShape
 
 BF16_BYTES = 2
-QUANTIZE_BYTES: dict[str, float] = {"bf16": 0, "fp32": 0, "fp8-tensorwise": 6, "fp8-blockwise": 4}
+QUANTIZE_BYTES: dict[str, float] = {"bf16": 0, "fp32": 0, "fp8-tensorwise": 6, "fp8-blockwise": 6}
 """Moved per element of a product's activation or gradient to make its FP8 form and the transposed one that Hopper's products
-need: read 2, write 1 + 1; the scale of a whole tensor is known only after one more reading (Transformer Engine)."""
+need: read 2, write 1 + 1. The scale of a whole tensor is known only after one more reading (Transformer Engine); blocks are
+not the transposed ones' blocks, so a kept FP8 tensor is read and written once more (DeepSeek-V3, arXiv 2412.19437, 3.3.2)."""
+FUSED_PASSES = 1.8
+"""Bytes of element-wise operations as training libraries fuse them over the fewest that they could move: layout copies, fp32
+intermediates, kernels below the memory's bandwidth. Fitted on rows; the casts of DeepSeek's DualPipe trace alone: 1.8."""
 EAGER_PASSES = 3.0
-"""Bytes of element-wise operations run one by one over those fused: every intermediate of a norm, rotation or SwiGLU is
-written and read again, partly in fp32."""
+"""The same of operations run one by one: every intermediate of a norm, rotation or SwiGLU is written and read again."""
+FLASH2_SECONDS: dict[bool, float] = {False: 1.75, True: 1.6}
+"""Forward (False) and backward (True) of FlashAttention 2 over 3 on Hopper: 1.5-2.0 and 1.5-1.75 (arXiv 2407.08608, section 4)."""
 ROUTER_KERNELS = 14
 """Of a router beside its product: scores, top-k, normalisation, counts, map, auxiliary loss (Megatron core's router, unfused)."""
 HOST_SECONDS_PER_KERNEL = 7e-6
@@ -70,7 +75,7 @@ class Work:
 
     @property
     def passes(self) -> float:
-        return 1.0 if self.run.training.compiled else EAGER_PASSES
+        return FUSED_PASSES if self.run.training.compiled else EAGER_PASSES
 
     def product(
         self,
@@ -117,8 +122,9 @@ class Work:
         fixed: bool = False,
     ) -> Operation:
         """An operation that reads and writes this many bf16 elements; `fixed`: eager code moves no more of them."""
-        passes = 1.0 if fixed else self.passes
-        kernels = [round(count * passes) for count in (forward_kernels, backward_kernels)]
+        passes = FUSED_PASSES if fixed else self.passes
+        more = 1.0 if self.run.training.compiled or fixed else EAGER_PASSES / FUSED_PASSES
+        kernels = [round(count * more) for count in (forward_kernels, backward_kernels)]
         forward, backward = (
             memory_bound_seconds(self.device, BF16_BYTES * elements * passes, count)
             for elements, count in zip((forward_elements, backward_elements), kernels, strict=True)
@@ -199,6 +205,7 @@ def _core_attention(work: Work, layer: int, head_dim: int) -> Operation:
     flops = work.tokens / work.run.layout.tp * attention_core_flops_per_token(work.run.shape, layer, sequence)
     forward, backward = (
         attention_seconds(work.device, flops, backward=backward, head_dim=head_dim, sequence=sequence)
+        * (FLASH2_SECONDS[backward] if work.run.training.attention_kernel == "flash2" else 1.0)
         for backward in (False, True)
     )
     return Operation("core_attention", forward, backward, 0.0, 2, 4, ("core_attention",), 0.0)
