@@ -274,10 +274,10 @@ def embedding_operations(work: Work) -> list[Operation]:
     return [work.elementwise("embedding", 2 * elements, 4 * elements, forward_kernels=2, backward_kernels=2)]
 
 
-LOGIT_PASSES: dict[str, tuple[float, float]] = {"fused": (4, 1), "in-place": (2, 1), "materialized": (12, 7)}
+LOGIT_PASSES: dict[str, tuple[float, float]] = {"fused": (4, 1), "in-place": (2, 1), "materialized": (12, 7), "eager": (10, 12)}
 """Elements of two bytes that the loss moves per logit, forward and backward. fused: an fp32 chunk is read twice, its gradient
 written; in-place: 16-bit logits read, then read and overwritten; materialized: copied to fp32, largest, exponentials, sum; then
-the gradient in fp32 and its 16-bit copy."""
+the gradient in fp32 and its 16-bit copy; eager: copied to fp32, log-softmax; then its gradient, the logits' and the copy."""
 
 
 def head_operations(work: Work) -> list[Operation]:
