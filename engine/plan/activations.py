@@ -16,13 +16,13 @@ ROUTER_BYTES = 9
 """A token and expert: fp32 logits and probabilities, and the map of who goes where."""
 FUSED_LOGITS_BYTES = 512 * 2**20
 """What strop.kernels lets logits and their gradient take on a GPU (BUFFER_BYTES of kernels/lm_head.py)."""
-LOGIT_BYTES = {"in-place": 2, "materialized": 8, "eager": 12}
+LOGIT_BYTES = {"in-place": 2, "materialized": 8, "eager": 12, "retained": 16}
 """A logit, at the moment that holds most. in-place: 16 bits, the gradient takes their place. materialized: the 16-bit logits,
 the fp32 softmax that becomes their gradient, and that gradient in 16 bits (Megatron-LM, core/tensor_parallel/cross_entropy.py).
-eager: the fp32 log-softmax, its gradient and the logits' gradient."""
-SPLIT_EAGER_LOGIT_BYTES = 16
-"""eager over tensor-parallel ranks: log-softmax, one-hot gradient, softmax and their sum, all fp32 (PyTorch,
-torch/distributed/tensor/parallel/loss.py)."""
+eager: the fp32 log-softmax, its gradient and the logits' gradient; retained: the fp32 logits beside them."""
+SPLIT_LOGIT_BYTES = 4
+"""More of eager and retained over tensor-parallel ranks: log-softmax, one-hot gradient, softmax and their sum are all fp32
+(PyTorch, torch/distributed/tensor/parallel/loss.py)."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ def head_working_bytes(run: PlannedRun, stage: Stage) -> tuple[float, float]:
     hidden = 2 * tokens * shape.hidden_size * _element_bytes(run)
     if training.logits == "fused":
         return min(FUSED_LOGITS_BYTES, LOGIT_BYTES["materialized"] * tokens * rows), hidden
-    split_eager = training.logits == "eager" and run.layout.tp > 1
-    logit_bytes = SPLIT_EAGER_LOGIT_BYTES if split_eager else LOGIT_BYTES[training.logits]
+    split_eager = training.logits in ("eager", "retained") and run.layout.tp > 1
+    logit_bytes = LOGIT_BYTES[training.logits] + (SPLIT_LOGIT_BYTES if split_eager else 0)
     return logit_bytes * tokens * rows * (1 + shape.num_mtp_layers), hidden
 
 

@@ -174,17 +174,17 @@ def communication_bytes(run: PlannedRun, stage: Stage) -> float:
 
 def _fsdp_bytes(run: PlannedRun, stage: Stage, element: int) -> float:
     """Without a pipeline, layers are gathered one by one, and again in the backward pass. With one, every micro-batch would do
-    that, so gathered weights stay and gradients add up whole (torchtitan, parallelize_llama.py: reshard_after_forward)."""
-    dense_shards, expert_shards = replicas(run)
+    that, so gathered weights stay and gradients add up whole (torchtitan, parallelize_llama.py: reshard_after_forward). Weights
+    of another dtype than their products are copied even where nothing is sharded."""
+    cast = run.training.weights_dtype_bytes != element
+    dense, experts = (cast or shards > 1 for shards in replicas(run))
     gradient = run.training.gradient_dtype_bytes
     if run.layout.pp > 1:
         whole = rank_parameters(run, stage)
-        sharded = whole.dense * (dense_shards > 1) + whole.experts * (expert_shards > 1)
-        return sharded * (element + gradient)
+        return (whole.dense * dense + whole.experts * experts) * (element + gradient)
     layers = [layer_rank_parameters(run, layer) for layer in stage.layers]
-    units = [layer.dense * (dense_shards > 1) + layer.experts * (expert_shards > 1) for layer in layers]
-    vocabulary = run.shape.vocab_size * run.shape.hidden_size / run.layout.tp * (dense_shards > 1)
-    largest = max(*units, vocabulary)
+    vocabulary = run.shape.vocab_size * run.shape.hidden_size / run.layout.tp * dense
+    largest = max(vocabulary, *(layer.dense * dense + layer.experts * experts for layer in layers))
     return GATHERED_UNITS * largest * element + largest * (element + gradient)
 
 

@@ -47,10 +47,11 @@ class TrainingPlan:
     (ZeRO-1)."""
     offload_optimizer: bool = False
     """Optimizer states live in the host's memory and the CPU updates the weights."""
-    logits: Literal["fused", "in-place", "materialized", "eager"] = "fused"
+    logits: Literal["fused", "in-place", "materialized", "eager", "retained"] = "fused"
     """fused: the head's logits exist a chunk at a time (strop.kernels). All at once: in-place, in 16 bits, their gradient
     written over them (Transformer Engine's fused cross entropy, NVIDIA's recipes); materialized, as fp32 softmax that becomes
-    the gradient (Megatron's own); eager, torch's cross_entropy(logits.float()) with gradients of its own (torchtitan)."""
+    the gradient (Megatron's own); eager, torch's cross_entropy(logits.float()) with gradients of its own (torchtitan);
+    retained, that while the loop's own reference keeps the fp32 logits too (output.logits of Hugging Face models)."""
     dispatcher: Dispatcher = "deepep"
     """How tokens reach their experts: NCCL's all-to-all of every copy, or DeepEP / HybridEP: a token goes to a node once."""
     dispatch_dtype_bytes: int = 2
