@@ -1,11 +1,15 @@
 """What the planner knows of GPUs: peaks, memories and links as their makers and users state them."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from ..config import InputError
 
 GB = 1e9
 TERA = 1e12
+
+Architecture = Literal["ampere", "hopper", "h20", "blackwell"]
+"""h20: Hopper with tensor cores cut to a quarter a multiprocessor, so that little else can limit its products."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,8 @@ class DeviceFacts:
     """Board power limit; a training step draws nearly all of it."""
     in_network_reduction: bool
     """The NVLink switch sums all-reduces itself (NVLS; third-generation NVSwitch, Hopper and later)."""
-    tile_generation: str
-    """Which constants of engine.plan.efficiency its matrix products follow: ampere, hopper or blackwell."""
+    architecture: Architecture
+    """Which curves of engine.plan.efficiency its kernels follow."""
     source: str
     gpus_per_node: int = 8
 
@@ -49,7 +53,7 @@ H100 = DeviceFacts(
     pcie_bytes_per_second=64 * GB,
     power_watts=700,
     in_network_reduction=True,
-    tile_generation="hopper",
+    architecture="hopper",
     source="H100 SXM5 80 GB: NVIDIA H100 Tensor Core GPU Architecture whitepaper; one ConnectX-7 NDR 400 Gb/s a GPU (DGX H100)",
 )
 DEVICES: dict[str, DeviceFacts] = {
@@ -87,6 +91,7 @@ DEVICES: dict[str, DeviceFacts] = {
             hbm_bytes=102.0e9,
             hbm_bytes_per_second=4000 * GB,
             power_watts=400,
+            architecture="h20",
             source="H20 SXM 96 GB: NVIDIA H20 datasheet (148 / 296 dense bf16 / fp8 TFLOPS, 4.0 TB/s, 900 GB/s NVLink, 400 W)",
         ),
         DeviceFacts(
@@ -102,7 +107,7 @@ DEVICES: dict[str, DeviceFacts] = {
             pcie_bytes_per_second=32 * GB,
             power_watts=400,
             in_network_reduction=False,
-            tile_generation="ampere",
+            architecture="ampere",
             source="A100 SXM4 80 GB: NVIDIA A100 datasheet; one ConnectX-6 HDR 200 Gb/s a GPU (DGX A100)",
         ),
         DeviceFacts(
@@ -118,7 +123,7 @@ DEVICES: dict[str, DeviceFacts] = {
             pcie_bytes_per_second=64 * GB,
             power_watts=1000,
             in_network_reduction=True,
-            tile_generation="blackwell",
+            architecture="blackwell",
             source="B200 SXM 180 GB: NVIDIA DGX B200 datasheet; one ConnectX-7 400 Gb/s a GPU",
         ),
     )

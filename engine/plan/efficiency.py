@@ -1,29 +1,85 @@
-"""Seconds of one GPU's work: matrix products, attention and memory-bound passes, as curves over the device's peaks."""
+"""Seconds of one GPU's work: matrix products, attention, and kernels bound by memory.
+
+A product is cut into tiles of its output; the multiprocessors work on them in waves, each wave at a fraction of the peak plus
+the time to fill and drain it; few tiles are cut again along k (split-k). No product beats its memory traffic. The constants are
+fitted on the tables of aiconfigurator-core 0.12.0 (systems/data/{a100,h100,h200,b200}_sxm/gemm, medians of vLLM, SGLang and
+TensorRT-LLM; n, k >= 512), half of the sampled points held out. Error of the held-out half, median / 90th percentile:
+
+    bf16   H100 5% / 16% from 1024 rows on, 5% / 19% below; H200 6 / 17, 7 / 20; A100 4 / 12, 7 / 22; B200 6 / 16, 8 / 20
+           (the three backends differ by 7% / 18% among themselves on H100)
+    fp8    H100 6% / 21% and 4% / 12% (TensorRT-LLM, per tensor), 8% / 27% and 11% / 35% (SGLang's DeepGEMM, blocks), with the
+           quantisation of the input that these tables contain; the backends differ by 26% / 65%
+
+FP8 constants are those of products alone, from cuBLASLt's 1.29-1.38 PFLOPS (Azure ND H100 v5 guide, 10,000 warm iterations) and
+the 28 shapes of DeepGEMM's first README on H800: error 5% / 17%, from 206 to 1358 TFLOPS.
+"""
 
 import math
+from functools import lru_cache
 from typing import Literal
 
 from ..config import InputError
-from .devices import DeviceFacts
+from .devices import Architecture, DeviceFacts
 
 Precision = Literal["bf16", "fp8-tensorwise", "fp8-blockwise", "fp32"]
 
-SUSTAINED_FRACTION: dict[str, float] = {"bf16": 0.85, "fp8-tensorwise": 0.85, "fp8-blockwise": 0.85, "fp32": 1.0}
-"""Clock of the tensor cores inside a long training step over their clock in an isolated microbenchmark: at the board's
-power limit the clock falls (H100: 1.98 GHz -> about 1.4-1.7 GHz)."""
+SUSTAINED_FRACTION: dict[Architecture, dict[Precision, float]] = {
+    "ampere": {"bf16": 0.98, "fp32": 1.0},
+    "hopper": {"bf16": 0.87, "fp8-tensorwise": 0.95, "fp8-blockwise": 0.95, "fp32": 1.0},
+    "h20": {"bf16": 1.0, "fp8-tensorwise": 1.0, "fp8-blockwise": 1.0, "fp32": 1.0},
+    "blackwell": {"bf16": 0.85, "fp8-tensorwise": 0.9, "fp8-blockwise": 0.9, "fp32": 1.0},
+}
+"""The clock of tensor cores in a long training step over their clock in a microbenchmark of a few milliseconds: at its power
+limit the board lowers it. Measured as products of more than 10 ms against shorter ones in the same tables (H100 bf16: 0.86 in
+SGLang's, 0.90 in TensorRT-LLM's, 1.0 in vLLM's; FP8 0.93-0.99; A100 0.98; B200 bf16 0.83)."""
+FULL_POWER_WATTS: dict[Architecture, float] = {"ampere": 400, "hopper": 700, "h20": 400, "blackwell": 1000}
+"""Power limit of the boards that SUSTAINED_FRACTION was measured on ..."""
+POWER_EXPONENT = 0.4
+"""... and how the clock follows another limit: power grows with clock times voltage squared, and the voltage with the clock."""
 
-MAINLOOP_FRACTION: dict[str, float] = {"bf16": 0.86, "fp8-tensorwise": 0.72, "fp8-blockwise": 0.70, "fp32": 0.8}
-"""Rate of a tile's inner loop over the peak, at microbenchmark clocks."""
-TILES: tuple[tuple[int, int, float], ...] = ((128, 256, 1.0), (128, 128, 0.92), (64, 256, 0.85), (64, 128, 0.75))
-"""Rows and columns of the output that one multiprocessor computes at once, and the inner loop's rate over the best tile's."""
-PROLOGUE_SECONDS = 1.5e-6
-"""Of a wave of tiles: filling the pipeline of loads and writing the output."""
-LAUNCH_SECONDS = 4e-6
-"""From one kernel's start to the next one's, when it does nothing."""
-HBM_FRACTION = 0.8
-"""Achieved of the stated memory bandwidth (aiconfigurator-core 0.12.0, systems/*.yaml; 2.2-2.7 of 3.35 TB/s in GEMMs and
-MoE decode)."""
-ELEMENT_BYTES: dict[str, int] = {"bf16": 2, "fp8-tensorwise": 1, "fp8-blockwise": 1, "fp32": 4}
+MAINLOOP_FRACTION: dict[Architecture, dict[Precision, float]] = {
+    "ampere": {"bf16": 0.824, "fp32": 0.8},
+    "hopper": {"bf16": 0.82, "fp8-tensorwise": 0.72, "fp8-blockwise": 0.72, "fp32": 0.8},
+    "h20": {"bf16": 0.90, "fp8-tensorwise": 0.90, "fp8-blockwise": 0.90, "fp32": 0.8},
+    "blackwell": {"bf16": 0.72, "fp8-tensorwise": 0.65, "fp8-blockwise": 0.65, "fp32": 0.8},
+}
+"""Rate of full waves over the peak, at a microbenchmark's clock. h20: no public table; FlashMLA and FlashAttention-3 reach 0.87
+there (issues FlashMLA #30, flash-attention #1310)."""
+WAVE_SECONDS: dict[Architecture, dict[Precision, float]] = {
+    "ampere": {"bf16": 2.1e-6, "fp32": 2.1e-6},
+    "hopper": {"bf16": 0.3e-6, "fp8-tensorwise": 1.5e-6, "fp8-blockwise": 2.5e-6, "fp32": 1e-6},
+    "h20": {"bf16": 0.3e-6, "fp8-tensorwise": 1.5e-6, "fp8-blockwise": 2.5e-6, "fp32": 1e-6},
+    "blackwell": {"bf16": 0.15e-6, "fp8-tensorwise": 0.25e-6, "fp8-blockwise": 0.3e-6, "fp32": 1e-6},
+}
+"""Of a wave, before its first multiplication and after its last."""
+LAUNCH_SECONDS: dict[Architecture, float] = {"ampere": 4.0e-6, "hopper": 2.4e-6, "h20": 2.4e-6, "blackwell": 2.0e-6}
+"""From one kernel's end to the next one's start on the GPU, when the host isn't late."""
+SPLIT_SECONDS = 2.7e-6
+"""Of adding up the parts of a product that was split along k, beside their bytes."""
+TILES = ((128, 256), (128, 128), (64, 128))
+"""Rows and columns of the output that one multiprocessor computes at a time."""
+SPLITS = (1, 2, 4, 8, 16)
+HBM_FRACTION: dict[Architecture, float] = {"ampere": 0.72, "hopper": 0.80, "h20": 0.80, "blackwell": 0.74}
+"""Achieved of the stated memory bandwidth by products of few rows, and by element-wise kernels."""
+ELEMENT_BYTES: dict[Precision, int] = {"bf16": 2, "fp8-tensorwise": 1, "fp8-blockwise": 1, "fp32": 4}
+
+ATTENTION_FRACTION: dict[Architecture, dict[int, tuple[float, float]]] = {
+    "ampere": {64: (0.52, 430), 128: (0.582, 430)},
+    "hopper": {64: (0.513, 830), 128: (0.639, 724), 192: (0.722, 565), 256: (0.755, 700)},
+    "h20": {64: (0.90, 450), 128: (0.90, 480)},
+    "blackwell": {64: (0.347, 660), 128: (0.575, 876), 256: (0.653, 960)},
+}
+"""Head dimension of queries and keys -> (fraction of the bf16 peak that causal flash attention approaches with the sequence,
+tokens of the sequence at which it reaches half of that). Fitted on context_attention of the same tables (FlashAttention-3 on
+Hopper, -2 on A100, TensorRT-LLM's kernel on B200), within 5% from 512 to 16,384 tokens; h20: flash-attention issue #1310;
+ampere 64: that of 128 in the ratio of the FlashAttention-2 paper. The clock is not lowered under load: the softmax leaves the tensor
+cores idle for much of the time, and the DualPipe trace shows it (MLA 556 TFLOPS on 112 free multiprocessors = 655 on all)."""
+ATTENTION_BACKWARD_FLOPS = 2.5
+"""Five products instead of two, over those of the forward pass."""
+ATTENTION_BACKWARD_FRACTION = 0.82
+"""Rate of the backward pass over the forward one's: 455 / 556 in the DualPipe trace (deepseek-ai/profile-data), 0.79-0.85 on
+B200 (flash-attention pull request #2280)."""
+QUERY_TILE = 128
 
 
 def peak_flops_per_second(device: DeviceFacts, precision: Precision) -> float:
@@ -35,47 +91,71 @@ def peak_flops_per_second(device: DeviceFacts, precision: Precision) -> float:
     return peak
 
 
+def sustained_fraction(device: DeviceFacts, precision: Precision) -> float:
+    """Clock of the tensor cores in a training step over a microbenchmark's, at this device's power limit."""
+    full = SUSTAINED_FRACTION[device.architecture][precision]
+    return min(1.0, full * (device.power_watts / FULL_POWER_WATTS[device.architecture]) ** POWER_EXPONENT)
+
+
 def gemm_seconds(
     device: DeviceFacts, m: float, n: float, k: float, precision: Precision, count: int = 1, sustained: bool = True
 ) -> float:
-    """`count` products [m, k] x [k, n], one after another.
+    """`count` products [m, k] x [k, n], one after another, their inputs in `precision` already and the result in bf16.
 
-    `sustained`: at the clocks of a training step; False: as a microbenchmark times an isolated product.
+    `sustained`: at the clocks of a training step; False: as a microbenchmark times it.
+    Raises InputError where the device can't compute in this precision.
     """
     return count * grouped_gemm_seconds(device, 1, m, n, k, precision, sustained)
 
 
+@lru_cache(maxsize=65536)
 def grouped_gemm_seconds(
     device: DeviceFacts, groups: int, rows_per_group: float, n: float, k: float, precision: Precision, sustained: bool = True
 ) -> float:
-    """`groups` products [rows, k] x [k, n] in one kernel: the experts of one rank, equally loaded."""
-    peak = peak_flops_per_second(device, precision) * MAINLOOP_FRACTION[precision]
-    rate_per_multiprocessor = peak * (SUSTAINED_FRACTION[precision] if sustained else 1.0) / device.streaming_multiprocessors
-    compute_seconds = min(
-        math.ceil(groups * math.ceil(rows_per_group / rows) * math.ceil(n / columns) / device.streaming_multiprocessors)
-        * (2 * rows * columns * k / (rate_per_multiprocessor * fraction) + PROLOGUE_SECONDS)
-        for rows, columns, fraction in TILES
-    )
+    """`groups` products [rows, k] x [k, n] in one kernel: the experts of one rank, equally loaded. As `gemm_seconds`.
+
+    Nothing more is needed for groups than their tiles: DeepGEMM's grouped products on H800 come out within 10%.
+    """
+    peak = peak_flops_per_second(device, precision)
+    rate = peak * MAINLOOP_FRACTION[device.architecture][precision] / device.streaming_multiprocessors
+    rate *= sustained_fraction(device, precision) if sustained else 1.0
+    wave = WAVE_SECONDS[device.architecture][precision]
+    memory_rate = HBM_FRACTION[device.architecture] * device.hbm_bytes_per_second
+    candidates = []
+    for rows, columns in TILES:
+        tiles = groups * math.ceil(rows_per_group / rows) * math.ceil(n / columns)
+        for split in SPLITS:
+            if split > 1 and (tiles >= device.streaming_multiprocessors or k < 128 * split):
+                break
+            waves = math.ceil(split * tiles / device.streaming_multiprocessors)
+            seconds = waves * (2 * rows * columns * (k / split) / rate + wave)
+            if split > 1:  # parts are written and read in fp32
+                seconds += SPLIT_SECONDS + 8 * split * groups * rows_per_group * n / memory_rate
+            candidates.append(seconds)
     element_bytes = ELEMENT_BYTES[precision]
     moved_bytes = groups * ((rows_per_group + n) * k * element_bytes + rows_per_group * n * max(2, element_bytes))
-    return LAUNCH_SECONDS + max(compute_seconds, moved_bytes / (HBM_FRACTION * device.hbm_bytes_per_second))
+    return LAUNCH_SECONDS[device.architecture] + max(min(candidates), moved_bytes / memory_rate)
 
 
-def attention_seconds(
-    device: DeviceFacts, flops: float, backward: bool, head_dim: int, sequence: int, sustained: bool = True
-) -> float:
+def attention_seconds(device: DeviceFacts, flops: float, backward: bool, head_dim: int, sequence: float) -> float:
     """Attention's core (scores, softmax, weighted values) by a flash kernel in bf16.
 
-    `flops`: of the *forward* core with the mask's share already taken (causal: half), also where `backward` asks for the
-    seconds of its backward pass, which computes 2.5 times as much. `head_dim`: of queries and keys.
+    `flops`: of the *forward* core without what the mask leaves out (causal: half), also where `backward` asks for the seconds
+    of its backward pass. `head_dim`: of queries and keys. `sequence`: tokens that attend to each other.
     """
-    best = {True: {64: 0.42, 128: 0.54, 192: 0.52, 256: 0.50}, False: {64: 0.45, 128: 0.65, 192: 0.64, 256: 0.60}}[backward]
-    width = min(best, key=lambda dim: abs(dim - head_dim))
-    achieved = best[width] * sequence / (sequence + (512 if backward else 400))
-    rate = achieved * device.bf16_flops_per_second * (SUSTAINED_FRACTION["bf16"] if sustained else 1.0)
-    return LAUNCH_SECONDS + flops * (2.5 if backward else 1.0) / rate
+    curves = ATTENTION_FRACTION[device.architecture]
+    full, half = curves[min(curves, key=lambda width: abs(width - head_dim))]
+    rate = device.bf16_flops_per_second * (ATTENTION_BACKWARD_FRACTION if backward else 1.0)
+    flops *= ATTENTION_BACKWARD_FLOPS if backward else 1.0
+    longest_tile = 4 * min(QUERY_TILE, sequence) * sequence * head_dim * (ATTENTION_BACKWARD_FLOPS if backward else 1.0)
+    seconds = max(
+        flops / (rate * full * sequence / (sequence + half)),
+        min(flops, longest_tile) / (rate * full / device.streaming_multiprocessors),
+    )
+    return LAUNCH_SECONDS[device.architecture] + seconds
 
 
 def memory_bound_seconds(device: DeviceFacts, moved_bytes: float, kernels: int = 1) -> float:
-    """`kernels` element-wise kernels (or decode attention's reading of keys and values) that move these bytes in total."""
-    return kernels * LAUNCH_SECONDS + moved_bytes / (HBM_FRACTION * device.hbm_bytes_per_second)
+    """`kernels` element-wise kernels that read and write these bytes in total."""
+    memory_rate = HBM_FRACTION[device.architecture] * device.hbm_bytes_per_second
+    return kernels * LAUNCH_SECONDS[device.architecture] + moved_bytes / memory_rate
