@@ -47,7 +47,8 @@ def _value_problems(run: "PlannedRun") -> Iterator[Problem]:
     least |= {f"layout.{name}": (getattr(run.layout, name), 1) for name in ("tp", "cp", "pp", "vpp", "ep", "etp")}
     for name in ("sequence_length_tokens", "global_batch_sequences", "micro_batch_sequences", "expert_imbalance"):
         least[f"training.{name}"] = (getattr(training, name), 1)
-    least["training.recompute_layers"] = (training.recompute_layers, 0)
+    for name in ("packed_length_tokens", "recompute_layers"):
+        least[f"training.{name}"] = (getattr(training, name), 0)
     choices: dict[str, tuple[float, tuple[float, ...]]] = {
         "training.weights_dtype_bytes": (training.weights_dtype_bytes, FLOAT_BYTES),
         "training.gradient_dtype_bytes": (training.gradient_dtype_bytes, (2, 4)),
@@ -75,6 +76,9 @@ def _value_problems(run: "PlannedRun") -> Iterator[Problem]:
 def _training_problems(run: "PlannedRun") -> Iterator[Problem]:
     """Settings of training that exclude each other or have no effect, whatever the numbers of GPUs."""
     training, layout = run.training, run.layout
+    if training.packed_length_tokens > training.sequence_length_tokens:
+        value, most = training.packed_length_tokens, training.sequence_length_tokens
+        yield Problem("training.packed_length_tokens", value, f"what is packed into {most} tokens is no longer", (most,))
     if training.precision == "fp32" and training.weights_dtype_bytes != 4:
         value = training.weights_dtype_bytes
         yield Problem("training.weights_dtype_bytes", value, "precision fp32 has weights of 4 bytes", (4,))

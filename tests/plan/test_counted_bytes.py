@@ -133,8 +133,8 @@ CONFIG = ModelConfig(
 def predicted_bytes(config: ModelConfig, dtype: torch.dtype, ranks: int) -> dict[str, float]:
     """Kind -> bytes that one rank sends over dp in an optimizer step."""
     training = TrainingPlan(
-        sequence_length_tokens=SEQUENCE_TOKENS, global_batch_sequences=SEQUENCES, precision="fp32",
-        weights_dtype_bytes=dtype.itemsize,
+        sequence_length_tokens=SEQUENCE_TOKENS, global_batch_sequences=SEQUENCES,
+        precision="fp32" if dtype.itemsize == 4 else "bf16", weights_dtype_bytes=dtype.itemsize,
     )  # fmt: skip
     run = PlannedRun.of(ModelShape.from_hf(config.to_hf(), "made-up"), ranks, training=training)
     transfers = train_step(run).transfers
