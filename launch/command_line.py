@@ -3,8 +3,9 @@
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Generic, TypeVar
 
 import tyro
 
@@ -14,29 +15,54 @@ from strop.engine.run.torchrun import Torchrun
 Config = TypeVar("Config")
 
 
+@dataclass(frozen=True)
+class _PlanOrConfig(Generic[Config]):
+    """A config's flags, and --plan beside them: it is no setting of the run, so no run folder and no resume knows it."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    plan: Annotated[str | None, tyro.conf.arg(metavar="DEVICE")] = None
+    """Print what this run would need and take on such GPUs (h100, h200, ...; see launch/plan.py), and stop."""
+
+
 def parse(
-    presets: Mapping[str, tuple[str, Config]], description: str, arguments: Sequence[str] | None = None
+    presets: Mapping[str, tuple[str, Config]],
+    description: str,
+    arguments: Sequence[str] | None = None,
+    *,
+    plan: Callable[[Config, int, str], int] | None = None,
+    or_path: str = "",
 ) -> tuple[str, Config]:
     """(preset's name, its config with the flags applied). Presets: name -> (what it is for, config).
 
+    plan: adds the flag --plan DEVICE, which calls this on the first rank with (config, number of ranks, DEVICE) and ends the
+    process with the exit code that it returns. or_path: the paths that `presets` takes besides its names, for people.
     Ends the process with exit code 2 and tyro's message, once, for an unknown flag or a value that a config refuses;
     raises InputError for an unknown preset.
     """
-    first_rank = Torchrun.from_environment().rank == 0
+    ranks = Torchrun.from_environment()
+    first_rank = ranks.rank == 0
     name, *flags = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    first = f"PRESET, or {or_path}" if or_path else "PRESET"
     if name in ("-h", "--help"):
         if first_rank:
-            listing = "".join(f"\n  {preset:<10} {what}" for preset, (what, _) in presets.items())
-            print(f"{description}\n\nusage: {sys.argv[0]} PRESET [flags]\n\nPRESET --help lists the flags. Presets:{listing}")
+            width = max(10, *map(len, presets))
+            listing = "".join(f"\n  {preset:<{width}} {what}" for preset, (what, _) in presets.items())
+            print(f"{description}\n\nusage: {sys.argv[0]} {first} [flags]\n\nPRESET --help lists the flags. Presets:{listing}")
         raise SystemExit(0)
     if name not in presets:
-        raise InputError(f"{name!r} is no preset: begin with one of {', '.join(presets)}")
+        names = ", ".join(presets) + (f", or {or_path}" if or_path else "")
+        raise InputError(f"{name!r} is no preset: begin with one of {names}")
     what, preset = presets[name]
-    config = tyro.cli(
-        type(preset), default=preset, args=flags, prog=f"{sys.argv[0]} {name}",
+    kind, default = (type(preset), preset) if plan is None else (_PlanOrConfig[type(preset)], _PlanOrConfig(preset))
+    parsed = tyro.cli(
+        kind, default=default, args=flags, prog=f"{sys.argv[0]} {name}",
         description=f"{description}\n\nPreset {name}: {what}", console_outputs=first_rank,
     )  # fmt: skip
-    return name, config
+    if plan is None:
+        return name, parsed
+    if parsed.plan is not None:
+        raise SystemExit(plan(parsed.config, ranks.world_size, parsed.plan) if first_rank else 0)
+    return name, parsed.config
 
 
 def next_command(file: str, keep: Callable[[str], bool], *added: str) -> str:

@@ -27,12 +27,15 @@ from strop.engine.reward.rules import Rewards, lenient
 from strop.engine.run.failure import FailureReport
 from strop.engine.train.objective import sequence_logprobs
 from strop.launch.assembly import Policy, ask_everyone
+from strop.launch.planned import plan_evaluation
 from strop.launch.presets import EVALUATE_PRESETS, EvaluateConfig
 
 
 def main() -> None:
     with FailureReport():
-        preset, config = parse(EVALUATE_PRESETS, "Evaluate a language model on questions with verified answers.")
+        preset, config = parse(
+            EVALUATE_PRESETS, "Evaluate a language model on questions with verified answers.", plan=plan_evaluation
+        )
         mesh = Mesh.start(config.layout, config.device)
         if config.report is not None and mesh.rank == 0:
             make_report_folder(config.report)

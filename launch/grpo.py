@@ -38,12 +38,13 @@ from strop.engine.run.watchdog import Watchdog
 from strop.engine.train.packing import require_fitting
 from strop.engine.train.step import Trainer
 from strop.launch.assembly import Policy, ask_everyone
+from strop.launch.planned import plan_grpo
 from strop.launch.presets import GRPO_PRESETS, GrpoConfig
 
 
 def main() -> None:
     with FailureReport() as failure:
-        preset, config = parse(GRPO_PRESETS, "Train a language model with GRPO.")
+        preset, config = parse(GRPO_PRESETS, "Train a language model with GRPO.", plan=plan_grpo)
         mesh = Mesh.start(config.layout, config.device)
         config = replace(config, layout=mesh.layout)
         folder = RunFolder.open(

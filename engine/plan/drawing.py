@@ -1,0 +1,111 @@
+"""A picture of a prediction: left the memory of one rank of each pipeline stage, right the seconds of a step."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..config import InputError
+from .memory import GIB, PARTS
+from .report import Prediction
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLORS = (
+    "#1f5fa8", "#d1661c", "#3f8f4f", "#8a5bb0", "#3aa6b8", "#8c6d46", "#d98cbf", "#b8b83a", "#7f7f7f", "#9db8dd",
+    "#f2b98a", "#5b6470",
+)  # fmt: skip
+LIMIT_COLOR = "#b8403a"
+LABELLED_SHARE = 0.06
+"""A part of at least this share of the device's memory has its number written on it."""
+
+
+def draw_prediction(prediction: Prediction, file: Path) -> None:
+    """Write the picture as PNG. Raises InputError where matplotlib is missing or the file can't be written."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("--png needs matplotlib: pip install 'strop[train]'") from None
+    bars, run = len(prediction.memory), prediction.run
+    figure = Figure(figsize=(15, max(5.2, 2.4 + 0.36 * bars)), layout="constrained", dpi=120)
+    memory, time = figure.subplots(1, 2, width_ratios=(5, 4))
+    draw_memory(prediction, memory)
+    draw_time(prediction, time)
+    title = f"{run.shape.name} on {run.gpus} x {run.device}: {layout_text(prediction)}"
+    figure.suptitle(title, x=0.01, ha="left", weight="bold")
+    try:
+        figure.savefig(file, format="png")
+    except OSError as error:
+        raise InputError(f"--png {file} can't be written ({error.strerror}): choose another file") from None
+
+
+def layout_text(prediction: Prediction) -> str:
+    """The layout in a few words: "tp 4 · pp 8 · dp 8 · ep 32"."""
+    sizes = [f"{span.axis} {span.ranks}" for span in prediction.spans() if span.axis != "edp"]
+    return " · ".join(sizes) or "one rank"
+
+
+def draw_memory(prediction: Prediction, axes: "Axes") -> None:
+    """One bar a pipeline stage and phase, its parts one after the other; a line at the device's memory."""
+    from matplotlib.patches import Patch
+
+    limit, rows = prediction.device.hbm_bytes, prediction.memory
+    colors = {part: color for part, color in zip(PARTS, COLORS, strict=False) if any(row.parts_bytes[part] for row in rows)}
+    for index, row in enumerate(rows):
+        left = 0.0
+        for part, color in colors.items():
+            size = row.parts_bytes[part]
+            axes.barh(index, size / GIB, left=left / GIB, color=color, height=0.78)
+            if size >= LABELLED_SHARE * limit:
+                middle = (left + size / 2) / GIB
+                axes.text(middle, index, f"{size / GIB:.1f}", ha="center", va="center", color="white", fontsize=7)
+            left += size
+        axes.text(left / GIB, index, f" {left / GIB:.1f}", ha="left", va="center", fontsize=8)
+    axes.axvline(limit / GIB, color=LIMIT_COLOR, linewidth=1.5, linestyle="--")
+    axes.text(
+        limit / GIB, 1.01, f"{prediction.run.device} {limit / GIB:.1f}", transform=axes.get_xaxis_transform(), ha="center",
+        color=LIMIT_COLOR, fontsize=8,
+    )  # fmt: skip
+    phases = {row.phase for row in rows}
+    names = [f"stage {row.stage.index}" + (f", {row.phase}" if len(phases) > 1 else "") for row in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=8)
+    axes.set_ylim(max(len(rows), 3) - 0.4, -0.6)
+    axes.set_xlim(0, 1.1 * max(limit, max(row.total_bytes for row in rows)) / GIB)
+    axes.set_xlabel("memory of one rank (GiB)")
+    axes.set_title("Memory by pipeline stage", loc="left", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    handles = [Patch(color=color, label=words(part)) for part, color in colors.items()]
+    axes.legend(handles=handles, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=5, frameon=False)
+
+
+def draw_time(prediction: Prediction, axes: "Axes") -> None:
+    """The phases of a step, each where the one before ends; seconds and share written beside them."""
+    step = prediction.grpo or prediction.training
+    parts = {name: seconds for name, seconds in step.parts_seconds.items() if seconds > 0}
+    total, left = sum(parts.values()), 0.0
+    for index, seconds in enumerate(parts.values()):
+        axes.barh(index, seconds, left=left, color=COLORS[index % len(COLORS)], height=0.7)
+        right = left + seconds
+        on_the_right = right < 0.7 * total
+        text = f" {seconds_text(seconds)}, {seconds / total:.1%} "
+        axes.text(right if on_the_right else left, index, text, ha="left" if on_the_right else "right", va="center", fontsize=8)
+        left = right
+    axes.set_yticks(range(len(parts)), [words(name) for name in parts], fontsize=8)
+    axes.set_ylim(len(parts) - 0.4, -0.6)
+    axes.set_xlim(0, 1.02 * total)
+    axes.set_xlabel("seconds from the start of the step (passes of all micro-batches drawn together)")
+    axes.set_title(f"{'GRPO step' if prediction.grpo else 'Optimizer step'}: {seconds_text(total)}", loc="left", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def seconds_text(seconds: float) -> str:
+    """Seconds with three digits: 21.3 s, 840 ms, 12.5 us."""
+    if seconds >= 1000:
+        return f"{seconds:,.0f} s"
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= 0.9995 * scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"

@@ -1,0 +1,137 @@
+"""Everything that is predicted of one run, together: `Prediction`, and the same as a dict for JSON with a unit in every key."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from .collectives import Axis, Transfer, members_per_node
+from .devices import DeviceFacts, device_named
+from .facts import (
+    active_parameters,
+    forward_flops_per_token,
+    kv_bytes_per_token,
+    parameters,
+    total_parameters,
+    train_flops_per_token,
+)
+from .grpo import GrpoStep, WholeRun, grpo_step, optimizer_step_run, whole_run
+from .memory import StageMemory, colocated_rollout_memory, training_memory, worst_stage
+from .run import PlannedRun
+from .training import StepTime, train_step
+
+AXES: tuple[Axis, ...] = ("tp", "cp", "pp", "dp", "etp", "ep", "edp")
+
+
+@dataclass(frozen=True)
+class AxisSpan:
+    """The groups of one axis of the layout."""
+
+    axis: Axis
+    ranks: int
+    """Of one group."""
+    groups: int
+    """Of all training GPUs."""
+    ranks_per_node: int
+    """Members of one group that share a node."""
+
+    @property
+    def spans_nodes(self) -> bool:
+        return self.ranks > self.ranks_per_node
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one run needs and takes."""
+
+    run: PlannedRun
+    """With a rollout, its training plan's batch is what follows from the samples (`optimizer_step_run`)."""
+    device: DeviceFacts
+    memory: tuple[StageMemory, ...]
+    """Of one rank of each pipeline stage while it trains, and then, with colocated rollout, while it generates."""
+    training: StepTime
+    """One optimizer step."""
+    grpo: GrpoStep | None
+    """None where training alone was planned."""
+    whole: WholeRun
+
+    @staticmethod
+    def of(run: PlannedRun) -> "Prediction":
+        """Predict a run whose layout is resolved and in which `engine.plan.validation.problems` finds nothing.
+
+        Raises InputError for an unknown device and where engines or samples don't fit their limits.
+        """
+        device = device_named(run.device)
+        if run.rollout is None:
+            return Prediction(run, device, training_memory(run), train_step(run), None, whole_run(run))
+        grpo, whole = grpo_step(run), whole_run(run)
+        run = replace(run, training=optimizer_step_run(run).training)
+        memory = training_memory(run)
+        if run.placement == "colocated":
+            memory += colocated_rollout_memory(run)
+        return Prediction(run, device, memory, grpo.training, grpo, whole)
+
+    @property
+    def worst(self) -> StageMemory:
+        return worst_stage(self.memory)
+
+    @property
+    def headroom_bytes(self) -> float:
+        """Left over on the fullest rank in its fullest phase; negative where the run doesn't fit."""
+        return self.device.hbm_bytes - self.worst.total_bytes
+
+    def spans(self) -> tuple[AxisSpan, ...]:
+        """Axes with more than one rank a group."""
+        layout, node = self.run.layout, self.device.gpus_per_node
+        sizes = {axis: self.run.edp if axis == "edp" else getattr(layout, axis) for axis in AXES}
+        if self.run.shape.moe is None:
+            sizes = {axis: size for axis, size in sizes.items() if axis not in ("etp", "ep", "edp")}
+        return tuple(
+            AxisSpan(axis, size, self.run.training_gpus // size, members_per_node(layout, axis, node))
+            for axis, size in sizes.items() if size > 1
+        )  # fmt: skip
+
+    def transfers_by_axis(self) -> dict[str, tuple[Transfer, ...]]:
+        """Transfers of the training step, grouped."""
+        axes = dict.fromkeys(transfer.axis for transfer in self.training.transfers)
+        return {axis: tuple(one for one in self.training.transfers if one.axis == axis) for axis in axes}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, as JSON values."""
+        run, shape = self.run, self.run.shape
+        return {
+            "model": {
+                "name": shape.name,
+                "total_parameters": total_parameters(shape),
+                "active_parameters": active_parameters(shape),
+                "parameters_by_kind": parameters(shape),
+                "forward_flops_per_token": forward_flops_per_token(shape, run.training.sequence_length_tokens),
+                "train_flops_per_token": train_flops_per_token(shape, run.training.sequence_length_tokens),
+                "kv_cache_bytes_per_token": kv_bytes_per_token(shape),
+            },
+            "gpus": run.gpus,
+            "device": asdict(self.device),
+            "layout": asdict(run.layout) | {"stage_layers": list(run.stage_layers)},
+            "axes": [asdict(span) | {"spans_nodes": span.spans_nodes} for span in self.spans()],
+            "training": asdict(run.training),
+            "rollout": None if run.rollout is None else asdict(run.rollout) | {"placement": run.placement},
+            "memory_per_rank": {
+                "stages": [stage_as_dict(one) for one in self.memory],
+                "worst_stage_index": self.worst.stage.index,
+                "worst_phase": self.worst.phase,
+                "headroom_bytes": self.headroom_bytes,
+            },
+            "training_step": asdict(self.training),
+            "grpo_step": None if self.grpo is None else asdict(self.grpo),
+            "whole_run": asdict(self.whole) | {"steps": run.steps},
+        }
+
+
+def stage_as_dict(memory: StageMemory) -> dict[str, Any]:
+    stage = memory.stage
+    return {
+        "stage_index": stage.index,
+        "layers": list(stage.layers),
+        "phase": memory.phase,
+        "parts_bytes": dict(memory.parts_bytes),
+        "total_bytes": memory.total_bytes,
+        "host_bytes": memory.host_bytes,
+    }

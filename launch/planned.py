@@ -1,0 +1,210 @@
+"""From command lines to the runs that engine.plan predicts: the settings of launch/plan.py, and what grpo.py and evaluate.py
+would make of theirs. It imports no torch: a plan shouldn't wait for it.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from strop.engine.config import InputError, Layout, Placement
+from strop.engine.plan.devices import device_named
+from strop.engine.plan.facts import total_parameters
+from strop.engine.plan.models import SHAPES
+from strop.engine.plan.report import Prediction
+from strop.engine.plan.run import PlannedRun, RolloutPlan, TrainingPlan
+from strop.engine.plan.shape import ModelShape
+from strop.engine.plan.validation import Problem, problems
+from strop.launch.plan_table import make_console, show, show_generation, show_notes, show_problems
+
+if TYPE_CHECKING:
+    from strop.engine.rollout.engine import EngineConfig
+    from strop.launch.presets import EvaluateConfig, GrpoConfig
+
+PRECISION_BYTES = {"fp32": 4, "bf16": 2}
+ASSUMED_PROMPT_TOKENS = 256
+"""Prompts are in the data, which a plan doesn't read."""
+ASSUMED_QUESTIONS = 1000
+"""Of an evaluation of all questions: how many there are is in the data too."""
+QUESTIONS_NOTE = f"How many questions there are is not read either: times are for {ASSUMED_QUESTIONS:,}."
+ASSUMED_RESPONSE_SHARE = 0.5
+"""Mean length of a response over its limit."""
+PROBLEMS_EXIT_CODE = 1
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """One question to the planner (launch/plan.py)."""
+
+    gpus: int = 8
+    """All GPUs of the run."""
+    device: str = "h100"
+    """Kind of GPU: h100, h800, h200, h20, a100, b200."""
+    grpo: bool = False
+    """Plan steps of GRPO: --rollout.* generates, then --training.* learns. Without it: optimizer steps alone."""
+    placement: Placement = "colocated"
+    """With --grpo. colocated: all GPUs generate, then train; split: --rollout.gpus of them only generate."""
+    steps: int = 1
+    """Steps of the whole run, for its GPU-hours and energy."""
+    stage_layers: tuple[int, ...] = ()
+    """Layers of each pipeline stage, first to last; unset divides them evenly."""
+    layout: Layout = field(default_factory=Layout)
+    training: TrainingPlan = field(default_factory=TrainingPlan)
+    rollout: RolloutPlan = field(default_factory=RolloutPlan)
+    search: bool = False
+    """Try all layouts on these GPUs, rank those that fit, and say why the others don't; --layout.* is then left alone."""
+    best: int = 10
+    """With --search: how many layouts to show."""
+    json: Path | None = None
+    """Write everything as JSON into this file; units are in its keys."""
+    png: Path | None = None
+    """Draw memory by part and stage, and the step's timeline, into this file. With --search: of the best layout."""
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "steps", "best"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if not self.grpo and (self.rollout != RolloutPlan() or self.placement != "colocated"):
+            raise InputError("--rollout.* and --placement have no effect without --grpo: add it, or leave them out")
+        if self.search and (self.layout != Layout() or self.stage_layers):
+            raise InputError(
+                "--search tries every layout: leave --layout.* and --stage-layers out, or check one without --search"
+            )
+
+    def run(self, shape: ModelShape) -> PlannedRun:
+        """The run that was asked about; its layout is not resolved yet."""
+        return PlannedRun(
+            shape, self.gpus, device=self.device, layout=self.layout, stage_layers=self.stage_layers, training=self.training,
+            rollout=self.rollout if self.grpo else None, placement=self.placement, steps=self.steps,
+        )  # fmt: skip
+
+
+def shape_at(path: Path) -> ModelShape:
+    """The shape of the model in a Hugging Face folder or a config.json. Raises InputError for what is neither."""
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        entries = json.loads(file.read_text())
+    except OSError as error:
+        raise InputError(f"{file} can't be read ({error.strerror}): name a config.json or the folder with it") from None
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON ({error}): name a Hugging Face config.json") from None
+    if not isinstance(entries, dict):
+        raise InputError(f"{file} holds a {type(entries).__name__}: a Hugging Face config.json holds an object")
+    return replace(ModelShape.from_hf(entries, str(file)), name=file.resolve().parent.name)
+
+
+def shape_of_model(model: str) -> ModelShape:
+    """The shape of what --model of a launch file names: tiny, smollm2 or a folder. No weights are made or read."""
+    if model == "tiny":
+        from strop.engine.model.sources import TINY_CONFIG
+
+        return replace(ModelShape.from_hf(TINY_CONFIG.to_hf(), "tiny"), name="tiny")
+    return SHAPES[model] if model in SHAPES else shape_at(Path(model))
+
+
+def grpo_run(config: "GrpoConfig", gpus: int, device: str) -> PlannedRun:
+    """The run that launch/grpo.py makes of this config on `gpus` ranks.
+
+    Its micro-batches are packed, one sequence of microbatch_tokens each. Raises InputError for an unknown device and a layout
+    that doesn't fit the ranks.
+    """
+    train, width = config.train, PRECISION_BYTES[config.precision]
+    shape, layout = shape_of_model(config.model), config.layout.resolve(gpus)
+    rollout = replace(
+        _generation(config.rollout, shape, device, width, config.rollout.max_new_tokens),
+        prompts_per_step=config.rollout.prompts_per_step, group_size=config.rollout.group_size,
+        prompt_tokens=min(ASSUMED_PROMPT_TOKENS, max(1, train.microbatch_tokens - config.rollout.max_new_tokens)),
+        optimizer_steps=train.minibatches, reference=train.loss.kl_coef > 0, old_logprobs=train.minibatches > 1,
+    )  # fmt: skip
+    tokens = rollout.prompts_per_step * rollout.group_size * (rollout.prompt_tokens + rollout.mean_response_tokens)
+    microbatches = math.ceil(tokens / train.minibatches / layout.dp / train.microbatch_tokens)
+    return PlannedRun(
+        shape, gpus, device=device, layout=layout, placement=config.placement, steps=train.steps, rollout=rollout,
+        training=TrainingPlan(
+            sequence_length_tokens=train.microbatch_tokens, global_batch_sequences=microbatches * layout.dp,
+            precision=config.precision, weights_dtype_bytes=width, recompute=("layer",) if train.recompute == "full" else (),
+            overlap_tensor=False, overlap_data=False, compiled=False,
+        ),
+    )  # fmt: skip
+
+
+def evaluation_run(config: "EvaluateConfig", gpus: int, device: str) -> PlannedRun:
+    """The generation of launch/evaluate.py with this config on `gpus` ranks; nothing of its training part takes place."""
+    shape, width = shape_of_model(config.model), PRECISION_BYTES[config.precision]
+    rollout = replace(
+        _generation(config.rollout, shape, device, width, config.eval.max_new_tokens),
+        prompts_per_step=config.eval.questions or ASSUMED_QUESTIONS, group_size=config.eval.samples,
+    )  # fmt: skip
+    layout = config.layout.resolve(gpus)
+    training = TrainingPlan(precision=config.precision, weights_dtype_bytes=width, global_batch_sequences=layout.dp)
+    return PlannedRun(shape, gpus, device=device, layout=layout, rollout=rollout, training=training)
+
+
+def _generation(engine: "EngineConfig", shape: ModelShape, device: str, width: int, max_new_tokens: int) -> RolloutPlan:
+    """What the rollout engine's own settings say: weights are the trainer's, kernels are launched one by one, and the cache has
+    a size of its own."""
+    held_bytes = width * total_parameters(shape) + engine.kv_cache_gib * 2**30
+    return RolloutPlan(
+        mean_response_tokens=max(1.0, ASSUMED_RESPONSE_SHARE * max_new_tokens), max_response_tokens=max_new_tokens,
+        weights_dtype_bytes=width, kv_dtype_bytes=width, weight_sync="alias", cuda_graphs=False,
+        memory_fraction=held_bytes / device_named(device).hbm_bytes, max_sequences=engine.max_batch,
+        prompt_tokens=ASSUMED_PROMPT_TOKENS,
+    )  # fmt: skip
+
+
+def assumptions(run: PlannedRun) -> list[str]:
+    """What a plan of another launch file's run takes for granted, and what of it the engine can't run yet."""
+    rollout = run.rollout
+    notes = [
+        f"The data is not read: prompts of {rollout.prompt_tokens:,.0f} tokens and responses of "
+        f"{rollout.mean_response_tokens:,.0f} on average ({ASSUMED_RESPONSE_SHARE:.0%} of their limit) are assumed. "
+        "launch/plan.py takes other lengths."
+    ]
+    try:
+        replace(run.layout, dp=0).require_implemented()
+    except InputError as error:
+        notes.append(f"The engine can't run this layout yet: {error}.")
+    return notes
+
+
+def predict(run: PlannedRun) -> tuple[Prediction | None, list[Problem]]:
+    """(what the run needs and takes, what is wrong with it). None where mistakes leave nothing to predict."""
+    from strop.engine.plan.check import check
+
+    if found := problems(run):
+        return None, found
+    run = replace(run, layout=run.layout.resolve(run.training_gpus))
+    return Prediction.of(run), check(run)
+
+
+def show_plan(run: PlannedRun, notes: Sequence[str] = ()) -> tuple[Prediction | None, list[Problem]]:
+    """Print the plan of a run, or only what is wrong with it; returns `predict`'s answer."""
+    console = make_console()
+    prediction, found = predict(run)
+    if prediction is None:
+        show_problems(found, console)
+    else:
+        show(prediction, found, console)
+    show_notes(notes, console)
+    return prediction, found
+
+
+def plan_grpo(config: "GrpoConfig", gpus: int, device: str) -> int:
+    """--plan of launch/grpo.py; returns the exit code."""
+    run = grpo_run(config, gpus, device)
+    _, found = show_plan(run, assumptions(run))
+    return PROBLEMS_EXIT_CODE if found else 0
+
+
+def plan_evaluation(config: "EvaluateConfig", gpus: int, device: str) -> int:
+    """--plan of launch/evaluate.py; returns the exit code."""
+    run, console = evaluation_run(config, gpus, device), make_console()
+    found = problems(run)
+    if found:
+        show_problems(found, console)
+    else:
+        show_generation(run, console)
+    show_notes(assumptions(run) + ([] if config.eval.questions else [QUESTIONS_NOTE]), console)
+    return PROBLEMS_EXIT_CODE if found else 0
