@@ -19,12 +19,12 @@ from .memory import rollout_kv_cache_bytes, rollout_weight_bytes
 from .run import PlannedRun, RolloutPlan
 from .shape import ModelShape
 
-HOST_STEP_SECONDS = 2.5e-3
+HOST_STEP_SECONDS = 2.8e-3
 """Scheduling, input preparation and output handling of a decoding step, while the GPU waits (fitted on RL rows; vLLM)."""
-HOST_SEQUENCE_SECONDS = 12e-6
+HOST_SEQUENCE_SECONDS = 45e-6
 """The same for each sequence in the batch: sampled token, log-prob, detokenization, stop check."""
-EAGER_KERNEL_SECONDS = 10e-6
-"""Host time of one kernel launched from Python modules, where no CUDA graph replays it."""
+EAGER_OPERATION_SECONDS = 40e-6
+"""Host time of one operation of a layer where no CUDA graph replays it: Python modules, dispatch, all its launches (fitted)."""
 LOGITS_PASSES = 8
 """Times that sampling with log-probs reads or writes fp32 logits: temperature, softmax, log-softmax, ranks, noise, argmax."""
 PREFILL_CHUNK_TOKENS = 8192
@@ -131,7 +131,7 @@ class GenerationEngine:
             verify += drafts * (self._layer_seconds(last, part) + self._head_seconds(part))
             kernels += drafts * self._kernels((last,))
         if not plan.cuda_graphs:
-            verify = max(verify, kernels * EAGER_KERNEL_SECONDS)
+            verify = max(verify, kernels * EAGER_OPERATION_SECONDS)
         return verify * plan.pp + HOST_STEP_SECONDS + HOST_SEQUENCE_SECONDS * sequences
 
     def cache_seconds(self, sequences: NDArray[np.floating], context_tokens: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -9,7 +9,7 @@ from bisect import bisect_left, insort
 from dataclasses import dataclass, replace
 
 from ..config import InputError
-from .devices import DeviceFacts, device_named
+from .devices import device_named
 from .layer_time import Work
 from .lengths import ResponseLengths
 from .rollout import RolloutTime, rollout_time
@@ -114,10 +114,11 @@ def grpo_step(run: PlannedRun) -> GrpoStep:
     training = train_step(step_run)
     samples = plan.prompts_per_step * plan.group_size
     forward = forward_seconds(step_run) * plan.optimizer_steps
+    reference_seconds = forward + (host_copy_seconds(step_run, ("weights",)) if plan.offload_training else 0.0)
     learner = {
         "data": samples * SAMPLE_SECONDS,
         "old_logprobs": forward if plan.old_logprobs else 0.0,
-        "reference_logprobs": forward if plan.reference else 0.0,
+        "reference_logprobs": reference_seconds if plan.reference else 0.0,
         "training": training.step_seconds * plan.optimizer_steps * plan.train_epochs,
         "weight_sync": sync.seconds,
     }
@@ -137,7 +138,7 @@ def grpo_step(run: PlannedRun) -> GrpoStep:
         }
         if run.placement == "colocated":
             parts["switch"] = 0.0 if plan.weight_sync == "alias" else SWITCH_SECONDS
-            parts["offload"] = offload_seconds(step_run, device_named(run.device)) if plan.offload_training else 0.0
+            parts["offload"] = host_copy_seconds(step_run, ("weights", "optimizer")) if plan.offload_training else 0.0
         else:
             idle = sum(learner.values()) - sync.seconds
     seconds = sum(parts.values())
@@ -158,10 +159,10 @@ def forward_seconds(run: PlannedRun) -> float:
     return filling + (run.microbatches - 1) * max(busy)
 
 
-def offload_seconds(run: PlannedRun, device: DeviceFacts) -> float:
-    """Weights and optimizer states of the fullest rank to the host's memory and back."""
-    states = (rank_state_bytes(run, stage) for stage in run.stages())
-    moved = max(one.weights + one.optimizer for one in states)
+def host_copy_seconds(run: PlannedRun, states: tuple[str, ...]) -> float:
+    """These states (fields of StateBytes) of the fullest rank to the host's memory and back."""
+    device = device_named(run.device)
+    moved = max(sum(getattr(rank_state_bytes(run, stage), name) for name in states) for stage in run.stages())
     return 2 * moved / (HOST_COPY_FRACTION * device.pcie_bytes_per_second)
 
 
