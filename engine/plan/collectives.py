@@ -51,8 +51,8 @@ DEEPEP_START_SECONDS = 45e-6
 """Of a dispatch or combine beside its bytes (wideep_deepep_normal of the tables above: 38 and 60 us), without the host's wait
 for the counts of tokens."""
 DEEPEP_NETWORK_FRACTION = 0.88
-"""Of a card, by the tokens that leave the node. DeepEP docs/legacy.md, H800: 58 GB/s at EP32 and 51 at EP64, counting those that
-stay: 43.5 and 44.6 without; README (V2), H100: 45 and 46."""
+"""Of a card, by the tokens that leave the node. DeepEP docs/legacy.md, H800: 58 GB/s at EP32 and 51 at EP64 with those that
+stay, 43.5 and 44.6 without; README (V2), H100: 45 and 46."""
 DEEPEP_NVLINK_FRACTION = 0.66
 """Of NVLink, by the tokens that leave a GPU, with 20 multiprocessors. DeepEP's 153 / 158 GB/s at EP8 on H800 without the tokens
 that stay are 134 / 138 of 200; the tables above have 285 of 450 GB/s on H100."""

@@ -72,8 +72,8 @@ ATTENTION_FRACTION: dict[Architecture, dict[int, tuple[float, float]]] = {
 """Head dimension of queries and keys -> (fraction of the bf16 peak that causal flash attention approaches with the sequence,
 tokens of the sequence at which it reaches half of that). Fitted on context_attention of the same tables (FlashAttention-3 on
 Hopper, -2 on A100, TensorRT-LLM's kernel on B200), within 5% from 512 to 16,384 tokens; h20: flash-attention issue #1310;
-ampere 64: that of 128 in the ratio of the FlashAttention-2 paper. The clock is not lowered under load: the softmax leaves the tensor
-cores idle for much of the time, and the DualPipe trace shows it (MLA 556 TFLOPS on 112 free multiprocessors = 655 on all)."""
+ampere 64: that of 128 in the ratio of the FlashAttention-2 paper. The clock is not lowered under load: the softmax leaves
+the tensor cores idle for much of the time, and the DualPipe trace shows it (MLA 556 TFLOPS on 112 of 132 multiprocessors)."""
 ATTENTION_BACKWARD_FLOPS = 2.5
 """Five products instead of two, over those of the forward pass."""
 ATTENTION_BACKWARD_FRACTION = 0.82
