@@ -126,6 +126,16 @@ def _product_input_bytes(run: PlannedRun) -> int:
     return 1 if run.training.precision.startswith("fp8") else _element_bytes(run)
 
 
+def _keeps_fp8(run: PlannedRun) -> bool:
+    """DeepSeek-V3's recipe (arXiv 2412.19437, section 3.3.3): where SwiGLU is recomputed, its input waits in FP8 too, and the
+    attention's output in 12 bits (E5M6) once for both who need it."""
+    return run.training.precision == "fp8-blockwise" and "activation" in run.training.recompute
+
+
+def _gate_and_up_bytes(run: PlannedRun) -> int:
+    return 1 if _keeps_fp8(run) else _element_bytes(run)
+
+
 def _is_ulysses(run: PlannedRun) -> bool:
     return run.layout.cp > 1 and run.layout.cp_kind == "ulysses"
 
@@ -179,8 +189,8 @@ def _latent_attention(run: PlannedRun) -> Iterator[SavedTensor]:
 def _attention_output(run: PlannedRun, size: float, heads: float) -> Iterator[SavedTensor]:
     """One tensor for attention and the projection behind it; two where that one reads FP8, or where an all-to-all over heads
     (Ulysses) lies between them."""
-    yield _tensor("attention output", size)
-    if run.training.precision.startswith("fp8"):
+    yield _tensor("attention output", size * 12 / 16 if _keeps_fp8(run) else size)
+    if run.training.precision.startswith("fp8") and not _keeps_fp8(run):
         yield _tensor("output projection input", size / 2)
     elif _is_ulysses(run):
         yield _tensor("output projection input", size)
@@ -189,7 +199,7 @@ def _attention_output(run: PlannedRun, size: float, heads: float) -> Iterator[Sa
 
 def _dense_mlp(run: PlannedRun) -> Iterator[SavedTensor]:
     width = run.microbatch_tokens * run.shape.dense_intermediate_size / run.layout.tp
-    yield _tensor("gate and up", 2 * width * _element_bytes(run), "dense_mlp")
+    yield _tensor("gate and up", 2 * width * _gate_and_up_bytes(run), "dense_mlp")
     yield _tensor("SwiGLU output", width * _product_input_bytes(run), "activation", "dense_mlp")
 
 
@@ -200,11 +210,11 @@ def _moe(run: PlannedRun) -> Iterator[SavedTensor]:
     copies, width = _dispatched_tokens(run), moe.expert_intermediate_size / run.layout.etp
     yield _tensor("router", tokens * moe.num_experts * ROUTER_BYTES, "experts")
     yield _tensor("dispatched tokens", copies * shape.hidden_size * _product_input_bytes(run), "experts")
-    yield _tensor("experts' gate and up", 2 * copies * width * _element_bytes(run), "experts")
+    yield _tensor("experts' gate and up", 2 * copies * width * _gate_and_up_bytes(run), "experts")
     yield _tensor("experts' SwiGLU output", copies * width * _product_input_bytes(run), "activation", "experts")
     if moe.shared_intermediate_size:
         shared = run.microbatch_tokens * moe.shared_intermediate_size / run.layout.tp
-        yield _tensor("shared experts' gate and up", 2 * shared * _element_bytes(run), "experts")
+        yield _tensor("shared experts' gate and up", 2 * shared * _gate_and_up_bytes(run), "experts")
         yield _tensor("shared experts' SwiGLU output", shared * _product_input_bytes(run), "activation", "experts")
 
 
