@@ -20,7 +20,7 @@ RECOMPUTE_CHOICES: tuple[tuple[RecomputePart, ...], ...] = (
     ("layer",),
 )
 """What recipes use, from nothing to everything; each choice holds those before it except for core_attention, which is apart."""
-SHORTEST_CONTEXT_TOKENS = 1024
+SHORTEST_CONTEXT_TOKENS = 2048
 """Of a sequence on one context-parallel rank: below, the exchange of keys and values outweighs the attention it divides."""
 LARGEST_MICROBATCH_TOKENS = 32768
 """On one rank: products stop getting faster far below this size, while activations grow with it."""
@@ -40,6 +40,7 @@ class SearchSpace:
     schedules: tuple[PipelineSchedule, ...] = ("1f1b", "interleaved", "zero-bubble", "dualpipe", "dualpipev")
     ep: tuple[int, ...] = ()
     etp: tuple[int, ...] = ()
+    """(): 1 and tp, whole experts or split like the rest."""
     micro_batch_sequences: tuple[int, ...] = ()
     recompute: tuple[tuple[RecomputePart, ...], ...] = RECOMPUTE_CHOICES
     fsdp: tuple[bool, ...] = ()
@@ -86,7 +87,7 @@ def _expert_degrees(shape: ModelShape, space: SearchSpace, dense_ranks: int, tp:
         yield 1, 1
         return
     for ep in space.ep or divisors(shape.moe.num_experts, dense_ranks):
-        for etp in space.etp or divisors(tp, tp):
+        for etp in space.etp or sorted({1, tp}):
             if dense_ranks % (ep * etp) == 0:
                 yield ep, etp
 
@@ -131,6 +132,20 @@ def memory_settings(training: TrainingPlan, space: SearchSpace) -> list[Training
             space.offload_optimizer or (training.offload_optimizer,),
         )
     ]  # fmt: skip
+
+
+def least_work(training: TrainingPlan, space: SearchSpace) -> TrainingPlan:
+    """`training` with the allowed settings that make a step shortest; it may not fit into any memory."""
+    settings = memory_settings(training, space)
+    return replace(
+        training,
+        recompute=(),
+        recompute_layers=0,
+        fsdp=all(one.fsdp for one in settings),
+        offload_optimizer=all(one.offload_optimizer for one in settings),
+        gradient_dtype_bytes=min(one.gradient_dtype_bytes for one in settings),
+        moment_dtype_bytes=min(one.moment_dtype_bytes for one in settings),
+    )
 
 
 def recompute_choices(shape: ModelShape, space: SearchSpace) -> tuple[tuple[RecomputePart, ...], ...]:

@@ -1,0 +1,149 @@
+"""What an optimizer step takes and holds at the least: cheap enough to order or reject all layouts of a search by.
+
+A search predicts layouts in the order of these bounds and stops where the bound has passed the best predictions, so nothing
+faster is left out. What they leave out (waiting for other ranks in the middle of a step, gradients and the optimizer; working
+memory and margins) only adds to them.
+"""
+
+from dataclasses import replace
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..config import Layout, PipelineSchedule
+from .activations import in_flight, kept_bytes
+from .devices import device_named
+from .layer_time import Operation, Work, embedding_operations, head_operations
+from .run import PlannedRun, Stage
+from .shape import ModelShape
+from .states import rank_state_bytes, replicas
+from .training import layer_pass
+
+Array = NDArray[np.float64]
+
+
+class Bounds:
+    """For runs of one model that differ in layout, division of layers and training plan; what they share is computed once."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        self._shape = shape
+        pieces = _pieces_of_layers(shape)
+        self._layers = [pieces.index(piece) for piece in range(max(pieces) + 1)]
+        """One layer of each piece."""
+        self._seconds: dict[tuple, Array] = {}
+        self._states: dict[tuple, Array] = {}
+        self._kept: dict[tuple, Array] = {}
+
+    def at_least_seconds(self, run: PlannedRun) -> float:
+        """Seconds of an optimizer step of `run`."""
+        layout = run.layout
+        counts, before = _pipeline(run.shape, layout.pp, layout.schedule, layout.vpp, run.stage_layers)
+        pieces = self._piece_seconds(run)
+        on_rank = counts @ pieces
+        if layout.schedule == "dualpipe" and layout.pp > 1:
+            on_rank /= 2  # every stage is on two ranks, which share the micro-batches
+        passes, exchanges = on_rank[:, :2].sum(axis=1), on_rank[:, 2:].sum(axis=1)
+        if run.training.overlap_expert and layout.ep > 1:
+            busy = run.microbatches * np.maximum(passes, exchanges)
+        else:
+            busy = run.microbatches * (passes + exchanges)
+        waiting = before @ pieces
+        # The first micro-batch reaches a rank through the ranks before it, and the last one leaves it backwards through them,
+        # while zero bubble may compute weight gradients.
+        fill_and_drain = waiting[:, 0] if layout.schedule == "zero-bubble" else waiting[:, :2].sum(axis=1)
+        return float((busy + fill_and_drain).max())
+
+    def at_least_forward_seconds(self, run: PlannedRun) -> float:
+        """Seconds of forward passes of all micro-batches of an optimizer step, as log-probs need them."""
+        layout = run.layout
+        counts, _ = _pipeline(run.shape, layout.pp, layout.schedule, layout.vpp, run.stage_layers)
+        pieces = self._piece_seconds(run)
+        busy = counts @ (pieces[:, 0] + pieces[:, 2])
+        return float(run.microbatches * busy.max()) / (2 if layout.schedule == "dualpipe" and layout.pp > 1 else 1)
+
+    def at_least_bytes(self, run: PlannedRun) -> Array:
+        """Bytes of states and kept activations of each pipeline rank: columns weights, gradients, optimizer, activations."""
+        layout = run.layout
+        counts, _ = _pipeline(run.shape, layout.pp, layout.schedule, layout.vpp, run.stage_layers)
+        in_flight_microbatches = np.array([in_flight(run, rank) for rank in range(layout.pp)])
+        kept = counts[:, : len(self._layers)] @ self._piece_kept_bytes(run) * in_flight_microbatches
+        return np.column_stack([counts @ self._piece_state_bytes(run), kept])
+
+    def _piece_seconds(self, run: PlannedRun) -> Array:
+        """Of a micro-batch through each piece of the model (layers, embedding, head): forward, backward, and both directions'
+        expert exchanges, which other passes may hide."""
+        layout, training = run.layout, run.training
+        recompute = training.recompute if training.recompute_layers == 0 else ()
+        plan = replace(training, recompute=recompute, recompute_layers=0, global_batch_sequences=0)
+        key = (run.device, layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.ep, layout.etp, run.edp, plan)
+        if key not in self._seconds:
+            work = Work(replace(run, training=plan), device_named(run.device))
+            pieces = []
+            for layer in self._layers:
+                one = layer_pass(work, layer).stage_seconds()
+                pieces.append((one.forward, one.backward, one.forward_exchange, one.backward_exchange))
+            pieces.append((*_forward_and_backward(embedding_operations(work)), 0.0, 0.0))
+            head = _forward_and_backward(head_operations(work))
+            heads = 1 + self._shape.num_mtp_layers  # each MTP module runs it once more
+            pieces.append((heads * head[0], heads * head[1], 0.0, 0.0))
+            self._seconds[key] = np.array(pieces)
+        return self._seconds[key]
+
+    def _piece_state_bytes(self, run: PlannedRun) -> Array:
+        """Weights, gradients and optimizer states on the device of each piece."""
+        layout, training = run.layout, run.training
+        plan = replace(training, recompute=(), recompute_layers=0, global_batch_sequences=0, micro_batch_sequences=1)
+        key = (layout.tp, layout.ep, layout.etp, *replicas(run), plan)
+        if key not in self._states:
+            layers = [replace(_EMPTY, layers=(layer,)) for layer in self._layers]
+            # Of the head's stage only the head: an embedding is weighed once, though MTP has it twice.
+            ends = [replace(_EMPTY, has_embedding=True), replace(_EMPTY, has_head=not self._shape.tie_embeddings)]
+            found = [rank_state_bytes(run, stage) for stage in layers + ends]
+            self._states[key] = np.array([(one.weights, one.gradients, one.optimizer) for one in found])
+        return self._states[key]
+
+    def _piece_kept_bytes(self, run: PlannedRun) -> Array:
+        """What a micro-batch leaves for the backward pass in a layer of each kind; 0 where only some layers recompute."""
+        layout, training = run.layout, run.training
+        plan = replace(training, global_batch_sequences=0, offload_optimizer=False)
+        key = (layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.etp, layout.ep, plan)
+        if key not in self._kept:
+            known = training.recompute_layers == 0
+            self._kept[key] = np.array([kept_bytes(run, layer) if known else 0.0 for layer in self._layers])
+        return self._kept[key]
+
+
+_EMPTY = Stage(0, (), False, False)
+
+
+def _forward_and_backward(operations: list[Operation]) -> tuple[float, float]:
+    forward = sum(one.forward_seconds for one in operations)
+    return forward, sum(one.backward_input_seconds + one.backward_weight_seconds for one in operations)
+
+
+@lru_cache(maxsize=8)
+def _pieces_of_layers(shape: ModelShape) -> tuple[int, ...]:
+    """For each layer and MTP module its piece: layers that cost the same are one piece, numbered as they come."""
+    layers = range(shape.num_layers + shape.num_mtp_layers)
+    alike = [(shape.kind(layer), shape.window_tokens(layer), layer >= shape.num_layers) for layer in layers]
+    pieces = {costs: piece for piece, costs in enumerate(dict.fromkeys(alike))}
+    return tuple(pieces[costs] for costs in alike)
+
+
+@lru_cache(maxsize=512)
+def _pipeline(
+    shape: ModelShape, pp: int, schedule: PipelineSchedule, vpp: int, stage_layers: tuple[int, ...]
+) -> tuple[Array, Array]:
+    """How many of each piece a rank holds, and how many a micro-batch goes through before it reaches the rank."""
+    run = PlannedRun(shape, pp, layout=Layout(pp=pp, vpp=vpp, schedule=schedule, dp=1), stage_layers=stage_layers)
+    pieces = _pieces_of_layers(shape)
+    embedding = max(pieces) + 1
+    counts, before = np.zeros((2, pp, embedding + 2))
+    for stage in run.stages():
+        np.add.at(counts[stage.index], [pieces[layer] for layer in stage.layers], 1)
+        counts[stage.index, embedding] = 0 in stage.layers
+        counts[stage.index, embedding + 1] = stage.has_head
+        if schedule != "dualpipe":  # its micro-batches come from both ends
+            np.add.at(before[stage.index], [pieces[layer] for layer in range(min(stage.layers))], 1)
+    return counts, before

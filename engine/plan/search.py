@@ -1,0 +1,253 @@
+"""The fastest layouts of a model on a number of GPUs, and why the others fail.
+
+Layouts are looked at in the order of the time they take at the least (`bounds`): whether they have problems, whether they fit
+into memory and with how little recomputation, last how long a step takes. Only what can't be faster than the layouts found is
+left out, so the first one is the fastest of its space.
+"""
+
+import heapq
+import time
+from bisect import insort
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import count
+
+from ..config import InputError
+from .bounds import Bounds
+from .candidates import SearchSpace, layouts, least_work, memory_settings, recompute_choices, rollouts
+from .check import check, needs, predict
+from .devices import device_named
+from .grpo import GrpoStep, optimizer_step_run
+from .memory import colocated_rollout_memory, memory_per_rank, training_memory, worst_stage
+from .rollout import rollout_time
+from .run import PlannedRun, RolloutPlan, TrainingPlan
+from .shape import ModelShape
+from .training import StepTime
+from .validation import problems
+from .weight_sync import weight_sync_time
+
+__all__ = ["Rejection", "SearchResult", "SearchSpace", "check", "search"]
+
+RANKED = 20
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A run that doesn't work and why."""
+
+    run: PlannedRun
+    reason: str
+    cause: str
+    """What rejections for the same reason share, whatever their numbers."""
+    need_bytes: float = 0.0
+    """Where memory is the reason: what the fullest rank needs at the least."""
+
+    def __iter__(self) -> Iterator:
+        return iter((self.run, self.reason))
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    ranked: tuple[tuple[PlannedRun, StepTime | GrpoStep], ...]
+    """Fastest first; of equally fast ones the one with fewer ranks a replica."""
+    rejected: tuple[Rejection, ...]
+    """For lack of memory: a layout with those of the allowed settings that need least."""
+    seconds: float
+    """That the search took."""
+    evaluated_count: int
+    """Steps predicted."""
+    outpaced_count: int
+    """Layouts left out since they can't be faster than the last ranked one."""
+
+    def reasons(self) -> list[tuple[str, int]]:
+        """(reason, how many layouts fail for it), most frequent first; for memory that of the layout nearest to fitting."""
+        groups: dict[str, list[Rejection]] = {}
+        for rejection in self.rejected:
+            groups.setdefault(rejection.cause, []).append(rejection)
+        nearest = [(min(group, key=lambda one: one.need_bytes).reason, len(group)) for group in groups.values()]
+        return sorted(nearest, key=lambda reason: -reason[1])
+
+    @property
+    def smallest_need_bytes(self) -> float:
+        """The least memory that any of the layouts rejected for it needs a GPU; 0 if there is none."""
+        return min((one.need_bytes for one in self.rejected if one.need_bytes), default=0.0)
+
+
+@dataclass(frozen=True)
+class _Engines:
+    """Rollout engines of one kind on their GPUs; for training alone, none."""
+
+    run: PlannedRun
+    """With the rollout part decided, everything else open."""
+    seconds: float
+    """Of a GRPO step, for generation, scoring and weight sync; they don't depend on the trainer's layout."""
+
+
+def search(
+    shape: ModelShape,
+    gpus: int,
+    device: str = "h100",
+    training: TrainingPlan | None = None,
+    rollout: RolloutPlan | None = None,
+    space: SearchSpace | None = None,
+    memory_bytes: float | None = None,
+    ranked: int = RANKED,
+) -> SearchResult:
+    """Rank layouts by predicted step time: with equal work, by tokens a second.
+
+    `memory_bytes`: budget of a GPU; None: all that the device has. `ranked`: how many layouts to find. With a rollout, each
+    layout of the trainer is ranked with its fastest engines. Raises InputError for an unknown device, or settings that no
+    layout could make right.
+    """
+    base = PlannedRun(shape, gpus, device, training=training or TrainingPlan(), rollout=rollout)
+    return _Search(base, space or SearchSpace(), memory_bytes or device_named(device).hbm_bytes, ranked).result()
+
+
+class _Search:
+    def __init__(self, base: PlannedRun, space: SearchSpace, budget_bytes: float, ranked: int) -> None:
+        self.base, self.space, self.budget_bytes, self.wanted = base, space, budget_bytes, ranked
+        self.bounds = Bounds(base.shape)
+        self.batches: dict[tuple, TrainingPlan] = {}
+        self.rejected: list[Rejection] = []
+        self.ranked: list[tuple[float, tuple, PlannedRun, StepTime | GrpoStep]] = []
+        self.evaluated = self.outpaced = 0
+
+    def result(self) -> SearchResult:
+        started = time.perf_counter()
+        for engines in self._placements():
+            self._search_layouts(engines)
+        best = tuple((run, predicted) for _, _, run, predicted in self.ranked)
+        seconds = time.perf_counter() - started
+        return SearchResult(best, tuple(self.rejected), seconds, self.evaluated, self.outpaced)
+
+    def _placements(self) -> list[list[_Engines]]:
+        """For each number of training GPUs (and for each way to share memory with them) the engines, fastest first."""
+        if self.base.rollout is None:
+            return [[_Engines(self.base, 0.0)]]
+        groups: dict[tuple, list[_Engines]] = {}
+        for run in rollouts(self.base, self.space):
+            try:
+                seconds = rollout_time(run).total_seconds + run.rollout.reward_seconds + weight_sync_time(run).seconds
+            except InputError as error:
+                self.rejected.append(Rejection(run, str(error), "rollout"))
+                continue
+            key = (run.placement, run.rollout.gpus, run.rollout.offload_training)
+            groups.setdefault(key, []).append(_Engines(run, seconds))
+        return [sorted(group, key=lambda engines: engines.seconds) for group in groups.values()]
+
+    def _search_layouts(self, engines: list[_Engines]) -> None:
+        """Best first: of all layouts and settings, always the one that takes least at the least."""
+        tick = count()
+        queue: list[tuple[float, int, PlannedRun, bool]] = []
+        mildest = replace(engines[0].run, training=least_work(self.base.training, self.space))
+        for run in layouts(mildest, self.space):
+            run = self._with_batch(run)
+            heapq.heappush(queue, (self._at_least_seconds(run, engines[0].seconds), next(tick), run, False))
+        while queue:
+            seconds, _, run, settled = heapq.heappop(queue)
+            if len(self.ranked) == self.wanted and seconds >= self.ranked[-1][0]:
+                self.outpaced += 1 + len(queue)
+                return
+            if settled:
+                self._predict(run)
+                continue
+            found = problems(run)
+            if found:
+                self.rejected.append(Rejection(run, str(found[0]), f"{found[0].setting} {found[0].value}"))
+                continue
+            for fitting, engine_seconds in self._fitting(run, engines):
+                heapq.heappush(queue, (self._at_least_seconds(fitting, engine_seconds), next(tick), fitting, True))
+
+    def _fitting(self, run: PlannedRun, engines: list[_Engines]) -> list[tuple[PlannedRun, float]]:
+        """Of the allowed settings, those that fit and recompute (or offload) no more than another one that fits."""
+        fitting: list[tuple[PlannedRun, float]] = []
+        least: tuple[float, PlannedRun] | None = None
+        for training in memory_settings(run.training, self.space):
+            for recompute in recompute_choices(run.shape, self.space):
+                settled = replace(run, training=replace(training, recompute=recompute))
+                if any(_does_no_more(other.training, settled.training) for other, _ in fitting):
+                    continue
+                need_bytes = float(self.bounds.at_least_bytes(self._step_run(settled)).sum(axis=1).max())
+                if need_bytes <= self.budget_bytes:
+                    need_bytes = worst_stage(training_memory(settled)).total_bytes
+                if need_bytes <= self.budget_bytes:
+                    with_engines = self._beside(settled, engines)
+                    if with_engines is not None:
+                        fitting.append(with_engines)
+                        continue
+                    need_bytes = worst_stage(memory_per_rank(settled)).total_bytes
+                if least is None or need_bytes < least[0]:
+                    least = need_bytes, settled
+        if not fitting:
+            self.rejected.append(self._too_large(least[1]))
+        return fitting
+
+    def _too_large(self, run: PlannedRun) -> Rejection:
+        worst = worst_stage(memory_per_rank(run))
+        largest = max(worst.parts_bytes, key=worst.parts_bytes.__getitem__)
+        return Rejection(run, needs(worst, self.budget_bytes), f"memory: {largest}", worst.total_bytes)
+
+    def _beside(self, run: PlannedRun, engines: list[_Engines]) -> tuple[PlannedRun, float] | None:
+        """The run with the fastest engines that leave it enough memory, and what they take."""
+        for one in engines:
+            full = replace(run, rollout=one.run.rollout)
+            if full.rollout is None or full.placement == "split":
+                return full, one.seconds
+            if worst_stage(colocated_rollout_memory(full)).total_bytes <= self.budget_bytes:
+                return full, one.seconds
+        return None
+
+    def _at_least_seconds(self, run: PlannedRun, engine_seconds: float) -> float:
+        step_run = self._step_run(run)
+        step_seconds = self.bounds.at_least_seconds(step_run)
+        plan = run.rollout
+        if plan is None:
+            return step_seconds
+        forward_seconds = self.bounds.at_least_forward_seconds(step_run) * (plan.old_logprobs + plan.reference)
+        learner_seconds = plan.optimizer_steps * (forward_seconds + plan.train_epochs * step_seconds)
+        return max(engine_seconds, learner_seconds) if plan.steps_ahead else engine_seconds + learner_seconds
+
+    def _step_run(self, run: PlannedRun) -> PlannedRun:
+        """What the trainer sees of the run in one optimizer step."""
+        if run.rollout is None:
+            return run
+        layout = run.layout
+        per_schedule = layout.pp if layout.schedule == "interleaved" else 1
+        key = (layout.dp, run.training.micro_batch_sequences, per_schedule)
+        if key not in self.batches:
+            self.batches[key] = optimizer_step_run(run).training
+        batch = self.batches[key]
+        training = replace(
+            run.training,
+            global_batch_sequences=batch.global_batch_sequences,
+            sequence_length_tokens=batch.sequence_length_tokens,
+            packed_length_tokens=batch.packed_length_tokens,
+        )
+        return replace(run, training=training, rollout=None, gpus=run.training_gpus, placement="colocated")
+
+    def _with_batch(self, run: PlannedRun) -> PlannedRun:
+        """The run whose global batch is what its samples are packed into, so that its memory and problems are those of its
+        steps."""
+        batch = self._step_run(run).training.global_batch_sequences
+        return replace(run, training=replace(run.training, global_batch_sequences=batch))
+
+    def _predict(self, run: PlannedRun) -> None:
+        predicted = predict(run)
+        self.evaluated += 1
+        entry = (predicted.step_seconds, _simplicity(run), run, predicted)
+        insort(self.ranked, entry, key=lambda one: one[:2])
+        del self.ranked[self.wanted :]
+
+
+def _does_no_more(one: TrainingPlan, other: TrainingPlan) -> bool:
+    """Whether `one` is at least as fast for sure: less is recomputed and offloaded, else they are the same."""
+    recomputes_less = "layer" in other.recompute or set(one.recompute) <= set(other.recompute)
+    alike = replace(other, recompute=one.recompute, offload_optimizer=one.offload_optimizer)
+    return recomputes_less and one.offload_optimizer <= other.offload_optimizer and one == alike
+
+
+def _simplicity(run: PlannedRun) -> tuple:
+    """Orders equally fast runs: fewer ranks a replica first, then anything that is always the same."""
+    layout, training = run.layout, run.training
+    degrees = (layout.tp * layout.cp * layout.pp, layout.pp, layout.vpp, layout.tp, layout.ep, layout.etp)
+    return (*degrees, training.micro_batch_sequences, layout.cp_kind, layout.schedule, run.stage_layers, training.recompute)
