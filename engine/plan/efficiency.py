@@ -3,15 +3,16 @@
 A product is cut into tiles of its output; the multiprocessors work on them in waves, each wave at a fraction of the peak plus
 the time to fill and drain it; few tiles are cut again along k (split-k). No product beats its memory traffic. The constants are
 fitted on the tables of aiconfigurator-core 0.12.0 (systems/data/{a100,h100,h200,b200}_sxm/gemm, medians of vLLM, SGLang and
-TensorRT-LLM; n, k >= 512), half of the sampled points held out. Error of the held-out half, median / 90th percentile:
+TensorRT-LLM; n, k >= 512). Error on the points that weren't used, median / 90th percentile, from 1024 rows on and below:
 
-    bf16   H100 5% / 16% from 1024 rows on, 5% / 19% below; H200 6 / 17, 7 / 20; A100 4 / 12, 7 / 22; B200 6 / 16, 8 / 20
+    bf16   H100 5% / 16% and 6% / 19%; H200 6% / 17% and 7% / 22%; A100 4% / 13% and 8% / 29%; B200 5% / 16% and 9% / 21%
            (the three backends differ by 7% / 18% among themselves on H100)
-    fp8    H100 6% / 21% and 4% / 12% (TensorRT-LLM, per tensor), 8% / 27% and 11% / 35% (SGLang's DeepGEMM, blocks), with the
-           quantisation of the input that these tables contain; the backends differ by 26% / 65%
+    fp8    H100 11% / 31% per tensor (TensorRT-LLM), 10% / 28% in blocks (SGLang's DeepGEMM) from 1024 rows on, with one pass over
+           the input added, which these tables quantise as they go; below, their quantising kernels cost more than the product
+           (30%, 12%), and the backends differ by 26% / 65%
 
-FP8 constants are those of products alone, from cuBLASLt's 1.29-1.38 PFLOPS (Azure ND H100 v5 guide, 10,000 warm iterations) and
-the 28 shapes of DeepGEMM's first README on H800: error 5% / 17%, from 206 to 1358 TFLOPS.
+FP8 constants are those of products alone: from cuBLASLt's 1.29-1.38 PFLOPS (Azure ND H100 v5 guide, 10,000 warm iterations) and
+the 28 shapes of DeepGEMM's first README on H800, 206 to 1358 TFLOPS: error 5% / 23%.
 """
 
 import math
@@ -41,7 +42,7 @@ MAINLOOP_FRACTION: dict[Architecture, dict[Precision, float]] = {
     "ampere": {"bf16": 0.824, "fp32": 0.8},
     "hopper": {"bf16": 0.82, "fp8-tensorwise": 0.72, "fp8-blockwise": 0.72, "fp32": 0.8},
     "h20": {"bf16": 0.90, "fp8-tensorwise": 0.90, "fp8-blockwise": 0.90, "fp32": 0.8},
-    "blackwell": {"bf16": 0.72, "fp8-tensorwise": 0.65, "fp8-blockwise": 0.65, "fp32": 0.8},
+    "blackwell": {"bf16": 0.72, "fp8-tensorwise": 0.60, "fp8-blockwise": 0.66, "fp32": 0.8},
 }
 """Rate of full waves over the peak, at a microbenchmark's clock. h20: no public table; FlashMLA and FlashAttention-3 reach 0.87
 there (issues FlashMLA #30, flash-attention #1310)."""
