@@ -7,9 +7,9 @@ TensorRT-LLM; n, k >= 512). Error on the points that weren't used, median / 90th
 
     bf16   H100 5% / 16% and 6% / 19%; H200 6% / 17% and 7% / 22%; A100 4% / 13% and 8% / 29%; B200 5% / 16% and 9% / 21%
            (the three backends differ by 7% / 18% among themselves on H100)
-    fp8    H100 11% / 31% per tensor (TensorRT-LLM), 10% / 28% in blocks (SGLang's DeepGEMM) from 1024 rows on, with one pass over
-           the input added, which these tables quantise as they go; below, their quantising kernels cost more than the product
-           (30%, 12%), and the backends differ by 26% / 65%
+    fp8    H100 11% / 31% per tensor (TensorRT-LLM), 10% / 28% in blocks (SGLang's DeepGEMM) from 1024 rows on, with one pass
+           over the input added, which these tables quantise as they go; below, their quantising kernels decide (30%, 12%), and
+           the backends differ by 26% / 65%
 
 FP8 constants are those of products alone: from cuBLASLt's 1.29-1.38 PFLOPS (Azure ND H100 v5 guide, 10,000 warm iterations) and
 the 28 shapes of DeepGEMM's first README on H800, 206 to 1358 TFLOPS: error 5% / 23%.

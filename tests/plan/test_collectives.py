@@ -24,7 +24,7 @@ FP8 = 1 + 4 / 128  # an element and its share of a scale
 FREE = MoeShape(256, 8, 2048)
 GROUPED = MoeShape(256, 8, 2048, num_groups=8, top_groups=4)  # DeepSeek-V3: one group a node of EP64
 
-# (device, kind, GPUs, payload bytes, microseconds): nccl 2.29.2 (A100: 2.27.3) in aiconfigurator-core 0.12.0, systems/data/*/comm.
+# (device, kind, GPUs, payload bytes, microseconds): nccl 2.29.2 (A100: 2.27.3) of aiconfigurator-core 0.12.0, systems/data.
 # H100 was fitted (with many more points), the others weren't.
 NCCL = [
     ("h100", "all_reduce", 8, 2**29, 2111.1), ("h100", "all_gather", 8, 2**29, 1401.5),
