@@ -30,12 +30,14 @@ class FittedConstant:
 
     module: str
     name: str
-    key: str | None
+    key: str | tuple[str, ...] | None
     meaning: str
 
     @property
     def label(self) -> str:
-        return self.name if self.key is None else f"{self.name}[{self.key}]"
+        return (
+            self.name if self.key is None else f"{self.name}[{self.key if isinstance(self.key, str) else ', '.join(self.key)}]"
+        )
 
     def get(self) -> float:
         value = getattr(self._module, self.name)
@@ -53,9 +55,11 @@ class FittedConstant:
 
 
 FITTED: tuple[FittedConstant, ...] = (
-    FittedConstant("efficiency", "SUSTAINED_FRACTION", "bf16", "tensor-core clock in a training step over a microbenchmark's"),
-    FittedConstant("efficiency", "SUSTAINED_FRACTION", "fp8-tensorwise", "the same, FP8 with a scale a tensor"),
-    FittedConstant("efficiency", "SUSTAINED_FRACTION", "fp8-blockwise", "the same, FP8 with a scale a block"),
+    FittedConstant(
+        "efficiency", "SUSTAINED_FRACTION", ("hopper", "bf16"), "tensor-core clock in a training step over a microbenchmark's"
+    ),
+    FittedConstant("efficiency", "SUSTAINED_FRACTION", ("hopper", "fp8-tensorwise"), "the same, FP8 with a scale a tensor"),
+    FittedConstant("efficiency", "SUSTAINED_FRACTION", ("hopper", "fp8-blockwise"), "the same, FP8 with a scale a block"),
 )
 
 

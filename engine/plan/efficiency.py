@@ -16,7 +16,6 @@ the 28 shapes of DeepGEMM's first README on H800, 206 to 1358 TFLOPS: error 5% /
 """
 
 import math
-from functools import lru_cache
 from typing import Literal
 
 from ..config import InputError
@@ -24,15 +23,19 @@ from .devices import Architecture, DeviceFacts
 
 Precision = Literal["bf16", "fp8-tensorwise", "fp8-blockwise", "fp32"]
 
-SUSTAINED_FRACTION: dict[Architecture, dict[Precision, float]] = {
-    "ampere": {"bf16": 0.98, "fp32": 1.0},
-    "hopper": {"bf16": 0.87, "fp8-tensorwise": 0.95, "fp8-blockwise": 0.95, "fp32": 1.0},
-    "h20": {"bf16": 1.0, "fp8-tensorwise": 1.0, "fp8-blockwise": 1.0, "fp32": 1.0},
-    "blackwell": {"bf16": 0.85, "fp8-tensorwise": 0.9, "fp8-blockwise": 0.9, "fp32": 1.0},
+SUSTAINED_FRACTION: dict[tuple[Architecture, Precision], float] = {
+    ("ampere", "bf16"): 0.98,
+    ("hopper", "bf16"): 0.87,
+    ("hopper", "fp8-tensorwise"): 0.95,
+    ("hopper", "fp8-blockwise"): 0.95,
+    ("blackwell", "bf16"): 0.85,
+    ("blackwell", "fp8-tensorwise"): 0.9,
+    ("blackwell", "fp8-blockwise"): 0.9,
 }
 """The clock of tensor cores in a long training step over their clock in a microbenchmark of a few milliseconds: at its power
 limit the board lowers it. Measured as products of more than 10 ms against shorter ones in the same tables (H100 bf16: 0.86 in
-SGLang's, 0.90 in TensorRT-LLM's, 1.0 in vLLM's; FP8 0.93-0.99; A100 0.98; B200 bf16 0.83)."""
+SGLang's, 0.90 in TensorRT-LLM's, 1.0 in vLLM's; FP8 0.93-0.99; A100 0.98; B200 bf16 0.83). 1 where nothing is said: H20's
+tensor cores and products in fp32 don't reach the limit."""
 FULL_POWER_WATTS: dict[Architecture, float] = {"ampere": 400, "hopper": 700, "h20": 400, "blackwell": 1000}
 """Power limit of the boards that SUSTAINED_FRACTION was measured on ..."""
 POWER_EXPONENT = 0.4
@@ -60,6 +63,7 @@ SPLIT_SECONDS = 2.7e-6
 TILES = ((128, 256), (128, 128), (64, 128))
 """Rows and columns of the output that one multiprocessor computes at a time."""
 SPLITS = (1, 2, 4, 8, 16)
+MIN_SPLIT_DEPTH = 128
 HBM_FRACTION: dict[Architecture, float] = {"ampere": 0.72, "hopper": 0.80, "h20": 0.80, "blackwell": 0.74}
 """Achieved of the stated memory bandwidth by products of few rows, and by element-wise kernels."""
 ELEMENT_BYTES: dict[Precision, int] = {"bf16": 2, "fp8-tensorwise": 1, "fp8-blockwise": 1, "fp32": 4}
@@ -94,7 +98,7 @@ def peak_flops_per_second(device: DeviceFacts, precision: Precision) -> float:
 
 def sustained_fraction(device: DeviceFacts, precision: Precision) -> float:
     """Clock of the tensor cores in a training step over a microbenchmark's, at this device's power limit."""
-    full = SUSTAINED_FRACTION[device.architecture][precision]
+    full = SUSTAINED_FRACTION.get((device.architecture, precision), 1.0)
     return min(1.0, full * (device.power_watts / FULL_POWER_WATTS[device.architecture]) ** POWER_EXPONENT)
 
 
@@ -109,7 +113,6 @@ def gemm_seconds(
     return count * grouped_gemm_seconds(device, 1, m, n, k, precision, sustained)
 
 
-@lru_cache(maxsize=65536)
 def grouped_gemm_seconds(
     device: DeviceFacts, groups: int, rows_per_group: float, n: float, k: float, precision: Precision, sustained: bool = True
 ) -> float:
@@ -126,7 +129,7 @@ def grouped_gemm_seconds(
     for rows, columns in TILES:
         tiles = groups * math.ceil(rows_per_group / rows) * math.ceil(n / columns)
         for split in SPLITS:
-            if split > 1 and (tiles >= device.streaming_multiprocessors or k < 128 * split):
+            if split > 1 and (tiles >= device.streaming_multiprocessors or k < MIN_SPLIT_DEPTH * split):
                 break
             waves = math.ceil(split * tiles / device.streaming_multiprocessors)
             seconds = waves * (2 * rows * columns * (k / split) / rate + wave)
