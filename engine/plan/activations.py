@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .run import PlannedRun, RecomputePart, Stage
+from .states import alike_layers
 
 LSE_BYTES = 4
 ROUTER_BYTES = 9
@@ -77,10 +78,10 @@ def stage_kept_bytes(run: PlannedRun, stage: Stage) -> float:
     Where the exchange of experts is hidden behind another micro-batch, that one's forward pass is a layer ahead of what the
     backward pass has freed.
     """
-    layers = [kept_bytes(run, layer) for layer in stage.layers]
-    ahead = max(layers) if run.training.overlap_expert else 0.0
+    layers = [(kept_bytes(run, layer), count) for layer, count in alike_layers(run, stage)]
+    ahead = max(kept for kept, _ in layers) if run.training.overlap_expert else 0.0
     last_norm = 2 * _split_tokens(run) * run.shape.hidden_size * _element_bytes(run) if stage.has_head else 0.0
-    return sum(layers) * in_flight(run, stage.index) + ahead + last_norm
+    return sum(kept * count for kept, count in layers) * in_flight(run, stage.index) + ahead + last_norm
 
 
 def layer_working_bytes(run: PlannedRun, stage: Stage) -> float:
@@ -92,7 +93,7 @@ def layer_working_bytes(run: PlannedRun, stage: Stage) -> float:
     """
     recomputed = set(run.training.recompute)
     worst = 0.0
-    for layer in stage.layers:
+    for layer, _ in alike_layers(run, stage):
         tensors = saved_tensors(run, layer)
         again = sum(tensor.bytes for tensor in tensors if tensor.recomputed_by & recomputed)
         worst = max(worst, again + _gradient_bytes(run, layer))

@@ -10,7 +10,7 @@ from .activations import head_working_bytes, layer_working_bytes, stage_kept_byt
 from .devices import device_named
 from .facts import kv_bytes_per_token, parameters
 from .run import PlannedRun, Stage
-from .states import gradient_placeholder_bytes, layer_rank_parameters, rank_parameters, rank_state_bytes, replicas
+from .states import alike_layers, gradient_placeholder_bytes, layer_rank_parameters, rank_parameters, rank_state_bytes, replicas
 
 Phase = Literal["training", "rollout"]
 PARTS = (
@@ -131,7 +131,8 @@ def colocated_rollout_memory(run: PlannedRun) -> tuple[StageMemory, ...]:
 
 
 def rollout_weight_bytes(run: PlannedRun) -> float:
-    """Weights on one GPU of a rollout engine with a layout of its own: tp splits all matrices, ep (if larger) the experts."""
+    """Weights on one GPU of a rollout engine with a layout of its own: tp splits all matrices, ep (if larger) the experts; the
+    mean over its pipeline ranks."""
     rollout, counts = run.rollout, parameters(run.shape)
     experts = counts["experts"] / max(rollout.ep, rollout.tp)
     replicated = counts["norms"] + counts["router"]
@@ -182,7 +183,7 @@ def _fsdp_bytes(run: PlannedRun, stage: Stage, element: int) -> float:
     if run.layout.pp > 1:
         whole = rank_parameters(run, stage)
         return (whole.dense * dense + whole.experts * experts) * (element + gradient)
-    layers = [layer_rank_parameters(run, layer) for layer in stage.layers]
+    layers = [layer_rank_parameters(run, layer) for layer, _ in alike_layers(run, stage)]
     vocabulary = run.shape.vocab_size * run.shape.hidden_size / run.layout.tp * dense
     largest = max(vocabulary, *(layer.dense * dense + layer.experts * experts for layer in layers))
     return GATHERED_UNITS * largest * element + largest * (element + gradient)

@@ -31,8 +31,10 @@ class RankParameters:
     def total(self) -> float:
         return self.dense + self.experts
 
-    def __add__(self, other: "RankParameters") -> "RankParameters":
-        return RankParameters(self.matrices + other.matrices, self.experts + other.experts, self.rest + other.rest)
+    def plus(self, other: "RankParameters", count: int) -> "RankParameters":
+        """With `count` times the other's."""
+        matrices, experts = self.matrices + count * other.matrices, self.experts + count * other.experts
+        return RankParameters(matrices, experts, self.rest + count * other.rest)
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,14 @@ class StateBytes:
     @property
     def on_device(self) -> float:
         return self.weights + self.gradients + self.optimizer
+
+
+def alike_layers(run: PlannedRun, stage: Stage) -> list[tuple[int, int]]:
+    """(one of them, how many) for each sort of layer that a pipeline rank holds: dense, with experts, MTP module."""
+    sorts: dict[tuple[str, bool], list[int]] = {}
+    for layer in stage.layers:
+        sorts.setdefault((run.shape.kind(layer), layer >= run.shape.num_layers), []).append(layer)
+    return [(layers[0], len(layers)) for layers in sorts.values()]
 
 
 def layer_rank_parameters(run: PlannedRun, layer: int) -> RankParameters:
@@ -86,8 +96,10 @@ def rank_parameters(run: PlannedRun, stage: Stage) -> RankParameters:
     vocabulary_matrix = shape.vocab_size * shape.hidden_size / tp
     matrices = stage.has_embedding + (stage.has_head and not (shape.tie_embeddings and stage.has_embedding))
     rest = matrices * vocabulary_matrix + (shape.hidden_size if stage.has_head else 0)
-    layers = (layer_rank_parameters(run, layer) for layer in stage.layers)
-    return sum(layers, RankParameters(0.0, 0.0, float(rest)))
+    total = RankParameters(0.0, 0.0, rest)
+    for layer, count in alike_layers(run, stage):
+        total = total.plus(layer_rank_parameters(run, layer), count)
+    return total
 
 
 def replicas(run: PlannedRun) -> tuple[int, int]:
@@ -153,7 +165,7 @@ def gradient_placeholder_bytes(run: PlannedRun, stage: Stage) -> float:
         return 0.0
     shape, layout = run.shape, run.layout
     sizes = set()
-    for layer in stage.layers:
+    for layer, _ in alike_layers(run, stage):
         if shape.kind(layer) == "dense":
             width = shape.dense_intermediate_size / layout.tp
         else:
