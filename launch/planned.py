@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from strop.engine.config import InputError, Layout, Placement
+from strop.engine.plan.candidates import SearchSpace
+from strop.engine.plan.check import check
 from strop.engine.plan.devices import device_named
 from strop.engine.plan.facts import total_parameters
 from strop.engine.plan.models import SHAPES
@@ -54,9 +56,12 @@ class PlanConfig:
     training: TrainingPlan = field(default_factory=TrainingPlan)
     rollout: RolloutPlan = field(default_factory=RolloutPlan)
     search: bool = False
-    """Try all layouts on these GPUs, rank those that fit, and say why the others don't; --layout.* is then left alone."""
+    """Try all layouts on these GPUs, rank those that fit, and say why the others don't."""
+    space: SearchSpace = field(default_factory=SearchSpace)
     best: int = 10
     """With --search: how many layouts to show."""
+    memory_budget_gib: float | None = None
+    """With --search: what a rank may take; unset: all that its GPU has."""
     json: Path | None = None
     """Write everything as JSON into this file; units are in its keys."""
     png: Path | None = None
@@ -69,9 +74,13 @@ class PlanConfig:
         if not self.grpo and (self.rollout != RolloutPlan() or self.placement != "colocated"):
             raise InputError("--rollout.* and --placement have no effect without --grpo: add it, or leave them out")
         if self.search and (self.layout != Layout() or self.stage_layers):
-            raise InputError(
-                "--search tries every layout: leave --layout.* and --stage-layers out, or check one without --search"
-            )
+            raise InputError("--search tries every layout: fix degrees with --space.* instead of --layout.* and --stage-layers")
+        if not self.search and (self.space != SearchSpace() or self.memory_budget_gib is not None):
+            raise InputError("--space.* and --memory-budget-gib have no effect without --search: add it, or leave them out")
+        if self.search and self.placement != "colocated":
+            raise InputError(f"--placement {self.placement}: --search takes placements as --space.placements {self.placement}")
+        if self.memory_budget_gib is not None and not self.memory_budget_gib > 0:
+            raise InputError(f"--memory-budget-gib {self.memory_budget_gib}: must be above 0")
 
     def run(self, shape: ModelShape) -> PlannedRun:
         """The run that was asked about; its layout is not resolved yet."""
@@ -171,8 +180,6 @@ def assumptions(run: PlannedRun) -> list[str]:
 
 def predict(run: PlannedRun) -> tuple[Prediction | None, list[Problem]]:
     """(what the run needs and takes, what is wrong with it). None where mistakes leave nothing to predict."""
-    from strop.engine.plan.check import check
-
     if found := problems(run):
         return None, found
     run = replace(run, layout=run.layout.resolve(run.training_gpus))

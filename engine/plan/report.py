@@ -120,7 +120,7 @@ class Prediction:
                 "headroom_bytes": self.headroom_bytes,
             },
             "training_step": asdict(self.training),
-            "grpo_step": None if self.grpo is None else asdict(self.grpo),
+            "grpo_step": None if self.grpo is None else grpo_as_dict(self.grpo),
             "whole_run": asdict(self.whole) | {"steps": run.steps},
         }
 
@@ -135,3 +135,12 @@ def stage_as_dict(memory: StageMemory) -> dict[str, Any]:
         "total_bytes": memory.total_bytes,
         "host_bytes": memory.host_bytes,
     }
+
+
+def grpo_as_dict(step: GrpoStep) -> dict[str, Any]:
+    """Without its optimizer step, which stands beside it."""
+    content = asdict(step)
+    del content["training"]
+    curve = content["rollout"].pop("curve")
+    content["rollout"]["curve"] = [{"decoding_seconds": seconds, "active_sequences": active} for seconds, active in curve]
+    return content
