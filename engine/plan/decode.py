@@ -25,6 +25,10 @@ HOST_SEQUENCE_SECONDS = 45e-6
 """The same for each sequence in the batch: sampled token, log-prob, detokenization, stop check."""
 EAGER_OPERATION_SECONDS = 40e-6
 """Host time of one operation of a layer where no CUDA graph replays it: Python modules, dispatch, all its launches (fitted)."""
+NETWORK_REDUCE_SECONDS = 45e-6
+"""What an all-reduce over several nodes takes in a decoding step beyond its own latency: ranks of several nodes arrive at
+different times and are not covered by an engine's one-shot kernels (fitted; DeepSeek-R1 on 2 nodes of 8 H100, tp 16, takes 23
+to 31 ms a token at concurrency 1: tenstorrent/tt-inference-server issue #356)."""
 LOGITS_PASSES = 8
 """Times that sampling with log-probs reads or writes fp32 logits: temperature, softmax, log-softmax, ranks, noise, argmax."""
 PREFILL_CHUNK_TOKENS = 8192
@@ -210,6 +214,8 @@ class GenerationEngine:
             else:
                 reduced += 1
         reduce = collective_seconds(device, "all_reduce", hidden_bytes, tp, min(tp, device.gpus_per_node))
+        if tp > device.gpus_per_node:
+            reduce += NETWORK_REDUCE_SECONDS
         elementwise = memory_bound_seconds(device, ELEMENTWISE_PASSES * hidden_bytes, kernels=0)
         return seconds + reduced * reduce + elementwise + KERNELS[shape.kind(layer)] * GRAPH_KERNEL_SECONDS
 

@@ -75,7 +75,7 @@ def rollout_time(run: PlannedRun) -> RolloutTime:
     share = samples / replicas
     prefill = engine.prefill_seconds(plan.prompts_per_step / replicas * plan.prompt_tokens, plan.prompt_tokens)
     slots = most_active(engine, lengths, -(-samples // replicas))
-    if plan.steps_ahead and plan.continuous:
+    if plan.steps_ahead > 1 and plan.continuous:
         slots = most_active(engine, lengths, -(-samples * plan.steps_ahead // replicas))
         age = lengths.token_weighted_mean_tokens / 2
         seconds = share * lengths.mean_tokens / plan.speculative_tokens / slots

@@ -14,7 +14,7 @@ RecomputePart = Literal[
 ]
 SELECTIVE: tuple[RecomputePart, ...] = ("norms", "activation", "mla_up_projection")
 Dispatcher = Literal["alltoall", "deepep", "hybridep"]
-WeightSync = Literal["alias", "local_copy", "reshard", "stream"]
+WeightSync = Literal["alias", "local_copy", "reshard", "broadcast", "stream"]
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,13 @@ class RolloutPlan:
     steps_ahead: int = 0
     """Steps of staleness: 0 generates and trains in turn; k > 0 (split only) trains on samples up to k versions old."""
     continuous: bool = True
-    """With steps_ahead: as sequences end, those of the next step start, through weight updates too (in-flight updates,
-    partial rollouts); False: a step's last sequence ends before the next step's first one starts (one-step-off)."""
+    """With steps_ahead of 2 and more: as sequences end, those of later steps start, through weight updates too (in-flight
+    updates, partial rollouts), so that engines never drain. With 1 they do: a step's samples start with the weights of the
+    step before the last, so not before the samples of the last step were trained on. False: they always drain."""
     weight_sync: WeightSync = "reshard"
     """How the trainer's weights reach the engines. alias: they are the trainer's; local_copy: cast or fused on the same GPU;
-    reshard: each GPU receives only what it lacks; stream: every GPU receives every tensor whole, one after another."""
+    reshard: each GPU receives only what it lacks; broadcast: each engine GPU receives every tensor whole, in packed buckets;
+    stream: all trainer ranks gather every tensor whole, one after another, and hand it over."""
     offload_training: bool = False
     """Colocated: weights and optimizer states of the trainer go to the host's memory while the engines generate."""
     optimizer_steps: int = 1

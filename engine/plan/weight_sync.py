@@ -1,4 +1,4 @@
-"""Seconds from new weights in the trainer to new weights in the engines, by tier (alias, local copy, reshard, stream).
+"""Seconds from new weights in the trainer to new weights in the engines, by tier (`WeightSync`).
 
 Validated against published times in benchmarks/planner_rl_rows.py: NeMo-RL's reshard and the bucketed streams of NeMo-RL, slime
 and verl.
@@ -20,6 +20,9 @@ RESHARD_SECONDS = 0.2
 """Fixed part of a resharding: starting its transfers, barriers (NeMo-RL docs/design-docs/nccl-reshard-refit.md, 4B)."""
 RESHARD_LINK_FRACTION = 0.45
 """Achieved of the link with many pairs of ranks and unequal blocks (the same document: DeepSeek-V3, Qwen3.5-397B)."""
+BROADCAST_LINK_FRACTION = 0.235
+"""Achieved of a node's cards together (a broadcast enters a node once), packing and loading beside it (NeMo-RL PR #1379:
+DeepSeek-V3 14 s, Qwen3-235B 5.5 s)."""
 STREAM_LINK_FRACTION = 0.54
 """Achieved of a network card while every tensor is gathered whole by everyone (27 of 50 GB/s: NeMo-RL PRs #634 and #638)."""
 STREAM_TENSOR_SECONDS = 2.5e-4
@@ -45,6 +48,10 @@ def weight_sync_time(run: PlannedRun) -> WeightSyncTime:
         return WeightSyncTime(tier, 0.0, memory_bound_seconds(device, read + weight_bytes))
     in_one_node = run.gpus <= device.gpus_per_node
     link = device.nvlink_bytes_per_second if in_one_node else device.nic_bytes_per_second
+    if tier == "broadcast":
+        received = total_parameters(run.shape) * TRAINER_BYTES
+        node_link = link if in_one_node else link * device.gpus_per_node
+        return WeightSyncTime(tier, received, RESHARD_SECONDS + received / (BROADCAST_LINK_FRACTION * node_link))
     if tier == "stream":
         received = total_parameters(run.shape) * TRAINER_BYTES
         seconds = num_tensors(run.shape) * STREAM_TENSOR_SECONDS + received / (STREAM_LINK_FRACTION * link)
