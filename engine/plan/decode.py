@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import InputError
-from .collectives import collective_seconds, combine_seconds, dispatch_seconds
+from .collectives import collective_seconds, combine_seconds, dispatch_seconds, low_latency_seconds
 from .devices import DeviceFacts, device_named
 from .efficiency import Precision, gemm_seconds, grouped_gemm_seconds, memory_bound_seconds
 from .facts import kv_bytes_per_token
@@ -209,8 +209,10 @@ class GenerationEngine:
             if plan.ep > tp:  # a rank of a replica sends the replica's tokens that are its own
                 arguments = (hidden, moe, plan.ep, min(plan.ep, device.gpus_per_node))
                 wire = 2 if precision == "bf16" else 1
-                seconds += dispatch_seconds(device, rows / tp, *arguments, wire, "deepep")
-                seconds += combine_seconds(device, rows / tp, *arguments, 2, "deepep")
+                for exchange, dtype_bytes in ((dispatch_seconds, wire), (combine_seconds, 2)):
+                    many = exchange(device, rows / tp, *arguments, dtype_bytes, "deepep")
+                    few = low_latency_seconds(device, rows / tp, *arguments, dtype_bytes)
+                    seconds += min(many, few)  # DeepEP has kernels for each
             else:
                 reduced += 1
         reduce = collective_seconds(device, "all_reduce", hidden_bytes, tp, min(tp, device.gpus_per_node))
