@@ -10,25 +10,47 @@ from dataclasses import dataclass
 from .devices import DeviceFacts
 from .efficiency import Precision, attention_seconds, gemm_seconds, grouped_gemm_seconds, memory_bound_seconds
 from .facts import attention_core_flops_per_token
-from .run import PlannedRun, RecomputePart
+from .run import Dispatcher, PlannedRun, RecomputePart
 from .shape import MoeShape
 
 BF16_BYTES = 2
-QUANTIZE_BYTES: dict[str, float] = {"bf16": 0, "fp32": 0, "fp8-tensorwise": 6, "fp8-blockwise": 6}
-"""Moved per element of a product's activation or gradient to make its FP8 form and the transposed one that Hopper's products
-need: read 2, write 1 + 1. The scale of a whole tensor is known only after one more reading (Transformer Engine); blocks are
-not the transposed ones' blocks, so a kept FP8 tensor is read and written once more (DeepSeek-V3, arXiv 2412.19437, 3.3.2)."""
-FUSED_PASSES = 1.8
+
+
+@dataclass(frozen=True)
+class QuantizeBytes:
+    """Moved per element to make the FP8 forms of a product's operands; on Hopper weight gradients need transposed ones."""
+
+    forward: float
+    """Of the input, before the forward product."""
+    backward_input: float
+    """Of the output's gradient, before the input gradient."""
+    weight_input: float = 0.0
+    """Of the kept input, before the weight gradient."""
+    weight_gradient: float = 0.0
+    """Of the output's gradient, before the weight gradient."""
+
+
+QUANTIZE_BYTES = {
+    # Transformer Engine: one reading for the largest value, another that writes the tensor and its transpose.
+    "fp8-tensorwise": QuantizeBytes(forward=6, backward_input=6),
+    # DeepSeek-V3 (arXiv 2412.19437, section 3.3.2): read 2 and write 1. Tiles of 1x128 are not tiles of the transpose: the kept
+    # FP8 input is read and written once more, and the gradient is quantised a second time.
+    "fp8-blockwise": QuantizeBytes(forward=3, backward_input=3, weight_input=2, weight_gradient=3),
+}
+FUSED_PASSES = 2.3
 """Bytes of element-wise operations as training libraries fuse them over the fewest that they could move: layout copies, fp32
 intermediates, kernels below the memory's bandwidth. Fitted on rows; the casts of DeepSeek's DualPipe trace alone: 1.8."""
 EAGER_PASSES = 3.0
 """The same of operations run one by one: every intermediate of a norm, rotation or SwiGLU is written and read again."""
 FLASH2_SECONDS: dict[bool, float] = {False: 1.75, True: 1.6}
 """Forward (False) and backward (True) of FlashAttention 2 over 3 on Hopper: 1.5-2.0 and 1.5-1.75 (arXiv 2407.08608, section 4)."""
-ROUTER_KERNELS = 14
-"""Of a router beside its product: scores, top-k, normalisation, counts, map, auxiliary loss (Megatron core's router, unfused)."""
-HOST_SECONDS_PER_KERNEL = 7e-6
-"""CPU time of PyTorch, autograd and the model's Python for each kernel of an eager layer."""
+PRODUCT_LAUNCHES = 3
+"""Kernels' worth of CPU time of one linear module (Transformer Engine's Python beside its one product); a module of several
+experts launches a product for each of them."""
+ROUTER_KERNELS = 30
+"""Of a router beside its product: scores, top-k, normalisation, counts, map, auxiliary loss (Megatron core's router)."""
+EXCHANGE_KERNELS: dict[Dispatcher, int] = {"alltoall": 16, "deepep": 8, "hybridep": 6}
+"""Of sending tokens to their experts or back: counts, layouts, the transfer, sorting."""
 
 
 @dataclass(frozen=True)
@@ -93,15 +115,22 @@ class Work:
         forward, gradient, weight = (self._seconds(groups, *sizes, precision) for sizes in ((m, n, k), (m, k, n), (n, k, m)))
         accumulated_bytes = 2 * self.run.training.gradient_dtype_bytes * groups * n * k
         weight = max(weight, memory_bound_seconds(self.device, accumulated_bytes + BF16_BYTES * groups * m * (n + k)))
-        quantized = QUANTIZE_BYTES[precision] * groups * m
-        casts = 0 if not quantized else 2
+        casts = QUANTIZE_BYTES.get(precision)
+        cast_kernels = 0
+        if casts is not None:
+            cast_kernels = groups
+            elements = groups * m
+            forward += memory_bound_seconds(self.device, casts.forward * elements * k)
+            gradient += memory_bound_seconds(self.device, casts.backward_input * elements * n)
+            weight += memory_bound_seconds(self.device, elements * (casts.weight_input * k + casts.weight_gradient * n))
+        launches = PRODUCT_LAUNCHES - 1 + groups
         return Operation(
             name,
-            forward + (memory_bound_seconds(self.device, quantized * k, casts) if casts else 0.0),
-            gradient + (memory_bound_seconds(self.device, quantized * n, casts) if casts else 0.0),
+            forward,
+            gradient,
             weight,
-            1 + casts,
-            2 + casts,
+            launches + cast_kernels,
+            2 * (launches + cast_kernels),
             parts,
             second_product_share,
         )
@@ -236,7 +265,7 @@ def _experts(work: Work, moe: MoeShape) -> list[Operation]:
     scores = outside * moe.num_experts
     # Sorting tokens by expert and summing them again; an all-to-all of copies is sorted on both of its sides.
     sorted_elements = 2 * rows * hidden + (2 * rows * hidden if training.dispatcher == "alltoall" and layout.ep > 1 else 0)
-    kernels = 6 if training.dispatcher == "alltoall" and layout.ep > 1 else 3
+    kernels = EXCHANGE_KERNELS[training.dispatcher]
     operations = [
         work.product("router", outside, moe.num_experts, hidden, "experts", precision="bf16"),
         work.elementwise("routing", 12 * scores, 12 * scores, "experts", forward_kernels=ROUTER_KERNELS, backward_kernels=8),

@@ -72,30 +72,33 @@ def pipeline_time(
     paired: a forward and a backward pass of different micro-batches run beside each other (`pair_seconds`) wherever the
     schedule has both. Raises InputError for a schedule that can't, or that has too few micro-batches.
     """
-    per_rank = len(stages) // pp
-    settled = _settled_microbatches(schedule, pp, microbatches)
+    made = (schedule, tuple(stages), pp, len(stages) // pp)
+    how = (paired, contention)
+    settled = _settled_microbatches(pp, microbatches)
     if microbatches <= settled + pp:
-        with_hops, busy = _run(schedule, tuple(stages), pp, per_rank, microbatches, hop_seconds, paired, contention)
-        without = (
-            with_hops
-            if not hop_seconds
-            else _run(schedule, tuple(stages), pp, per_rank, microbatches, 0.0, paired, contention)[0]
-        )
+        found = _run(*made, microbatches, hop_seconds, *how)
+        without_hops = _run(*made, microbatches, 0.0, *how)[0] if hop_seconds else found[0]
     else:
-        more = settled + pp
-        factor = (microbatches - settled) / pp
-        ends = []
-        for hop in (hop_seconds, 0.0) if hop_seconds else (0.0,):
-            first, busy_first = _run(schedule, tuple(stages), pp, per_rank, settled, hop, paired, contention)
-            second, busy_second = _run(schedule, tuple(stages), pp, per_rank, more, hop, paired, contention)
-            ends.append(first + factor * (second - first))
-        busy = tuple(a + factor * (b - a) for a, b in zip(busy_first, busy_second, strict=True))
-        with_hops, without = ends[0], ends[-1]
+        more, factor = settled + pp, (microbatches - settled) / pp
+        first, second = _run(*made, settled, hop_seconds, *how), _run(*made, more, hop_seconds, *how)
+        found = _extended(first, second, factor)
+        without_hops = found[0]
+        if hop_seconds:
+            without_hops = _extended(_run(*made, settled, 0.0, *how), _run(*made, more, 0.0, *how), factor)[0]
+    total, busy = found
     bottleneck = max(range(pp), key=busy.__getitem__)
-    return PipelineTime(with_hops, bottleneck, busy, with_hops - without)
+    return PipelineTime(total, bottleneck, busy, total - without_hops)
 
 
-def _settled_microbatches(schedule: PipelineSchedule, pp: int, microbatches: int) -> int:
+def _extended(
+    first: tuple[float, tuple[float, ...]], second: tuple[float, tuple[float, ...]], factor: float
+) -> tuple[float, tuple[float, ...]]:
+    """`first`, and `factor` times what `second` has more."""
+    busy = tuple(a + factor * (b - a) for a, b in zip(first[1], second[1], strict=True))
+    return first[0] + factor * (second[0] - first[0]), busy
+
+
+def _settled_microbatches(pp: int, microbatches: int) -> int:
     """A number of micro-batches after which every further one takes the same time; as far from `microbatches` as whole pp."""
     return min(microbatches, 3 * pp + (microbatches % pp))
 
@@ -167,7 +170,7 @@ def _run(
 ) -> tuple[float, tuple[float, ...]]:
     """(seconds until the last rank is done, busy seconds of each rank) of exactly this many micro-batches."""
     program, keys = _program(schedule, pp, per_rank, microbatches, paired)
-    durations = [_slot_seconds(stages, works, at, contention if paired else None) for works, at in keys]
+    durations = [slot_seconds(stages, works, at, contention if paired else None) for works, at in keys]
     ends: list[float] = []
     free = [0.0] * pp
     busy = [0.0] * pp
@@ -184,21 +187,17 @@ def _run(
     return max(free), tuple(busy)
 
 
-def _slot_seconds(
-    stages: Sequence[StageSeconds], works: tuple[str, ...], at: tuple[int, ...], contention: float | None
-) -> float:
-    """Seconds of a slot; contention None: passes in one slot follow each other."""
+def slot_seconds(stages: Sequence[StageSeconds], works: Sequence[str], at: Sequence[int], contention: float | None) -> float:
+    """Seconds of passes in one slot, by their work and virtual stage; contention None: they follow each other."""
     if len(works) == 2 and contention is not None:
         return pair_seconds(stages[at[0]], stages[at[1]], contention)
     seconds = 0.0
     for work, stage in zip(works, at, strict=True):
         one = stages[stage]
-        if work == "forward":
-            seconds += one.forward + one.forward_exchange
-        elif work == "backward":
-            seconds += one.backward + one.backward_exchange
-        elif work == "backward_input":
-            seconds += one.backward_input + one.backward_exchange
-        else:
-            seconds += one.backward_weight
+        seconds += {
+            "forward": one.forward + one.forward_exchange,
+            "backward": one.backward + one.backward_exchange,
+            "backward_input": one.backward_input + one.backward_exchange,
+            "backward_weight": one.backward_weight,
+        }[work]
     return seconds

@@ -25,7 +25,6 @@ from .layer_exchange import (
 )
 from .layer_time import (
     BF16_BYTES,
-    HOST_SECONDS_PER_KERNEL,
     Operation,
     Work,
     embedding_operations,
@@ -42,6 +41,9 @@ PARTS = (
     "exposed_expert", "exposed_pipeline", "bubble", "exposed_data", "optimizer",
 )  # fmt: skip
 """Of StepTime.parts_seconds. The first four are computation, launch is time in which the GPU waits for its CPU."""
+EAGER_GAP_SECONDS = 7.5e-6
+"""Between one kernel's end and the next one's start in an eager step, beyond what efficiency.LAUNCH_SECONDS has: the CPU's
+PyTorch, autograd and Python don't stay ahead of the GPU. Fitted on rows."""
 EXPOSED_PART = {"tp": "exposed_tensor", "cp": "exposed_context", "ep": "exposed_expert", "etp": "exposed_expert"}
 
 
@@ -79,7 +81,7 @@ class PassTime:
         return PassTime(dict(total), self.exchanges + other.exchanges)
 
     def direction(self, name: str) -> float:
-        """Exposed and launch seconds of a direction, without expert exchanges."""
+        """Launch and exposed seconds of a direction, without expert exchanges."""
         return sum(
             seconds
             for part, seconds in self.seconds.items()
@@ -165,7 +167,7 @@ def chunk_times(work: Work) -> list[PassTime]:
             total += of_layer(layer, not recomputed or places[rank] < recomputed)
             places[rank] += 1
         if index == 0:
-            total += _simple_pass(work, embedding_operations(work))
+            total += _pass(work, embedding_operations(work), [])
         if index == len(chunks) - 1:
             head = _head_pass(work)
             for _ in range(1 + run.shape.num_mtp_layers):
@@ -191,9 +193,7 @@ def layer_pass(work: Work, layer: int, recompute: bool = True) -> PassTime:
             for one in operations
         )
         exchanges += gathered_weights(work, layer, forward, backward)
-    # The host waits for the counts of received tokens: every dispatch but HybridEP's (sizes stay on the device).
-    counted = run.shape.kind(layer) == "moe" and run.layout.ep > 1 and run.training.dispatcher != "hybridep"
-    return _pass(work, operations, exchanges, counted)
+    return _pass(work, operations, exchanges)
 
 
 def _head_pass(work: Work) -> PassTime:
@@ -201,51 +201,24 @@ def _head_pass(work: Work) -> PassTime:
     exchanges = []
     if work.run.layout.tp > 1:
         exchanges = column(work, BF16_BYTES * work.tokens * work.run.shape.hidden_size, operations[1])
-    return _pass(work, operations, exchanges, False)
+    return _pass(work, operations, exchanges)
 
 
-def _simple_pass(work: Work, operations: Sequence[Operation]) -> PassTime:
-    return _pass(work, operations, [], False)
-
-
-def _pass(work: Work, operations: Sequence[Operation], exchanges: list[Exchange], counted: bool) -> PassTime:
-    recompute = work.run.training.recompute
+def _pass(work: Work, operations: Sequence[Operation], exchanges: Sequence[Exchange]) -> PassTime:
+    again = [(one, recomputed_share(one, work.run.training.recompute)) for one in operations]
+    gap_seconds = 0.0 if work.run.training.cuda_graphs else EAGER_GAP_SECONDS
     seconds = {
         "forward": sum(one.forward_seconds for one in operations),
         "backward_input": sum(one.backward_input_seconds for one in operations),
         "backward_weight": sum(one.backward_weight_seconds for one in operations),
-        "recompute": sum(recomputed_share(one, recompute) * one.forward_seconds for one in operations),
+        "recompute": sum(share * one.forward_seconds for one, share in again),
+        "launch_forward": gap_seconds * sum(one.forward_kernels for one in operations),
+        "launch_backward": gap_seconds * sum(one.backward_kernels + share * one.forward_kernels for one, share in again),
     }
-    if not work.run.training.cuda_graphs:
-        again = [recomputed_share(one, recompute) for one in operations]
-        backward_seconds = seconds["backward_input"] + seconds["backward_weight"] + seconds["recompute"]
-        backward_kernels = sum(
-            one.backward_kernels + share * one.forward_kernels for one, share in zip(operations, again, strict=True)
-        )
-        seconds["launch_forward"] = _waiting_seconds(operations, counted)
-        seconds["launch_backward"] = max(0.0, backward_kernels * HOST_SECONDS_PER_KERNEL - backward_seconds)
     for one in exchanges:
         part = f"{EXPOSED_PART.get(one.axis, 'exposed_data')}_{one.direction}"
         seconds[part] = seconds.get(part, 0.0) + one.exposed_seconds
     return PassTime(seconds, tuple(exchanges))
-
-
-def _waiting_seconds(operations: Sequence[Operation], counted: bool) -> float:
-    """Time for which a forward pass's kernels wait to be launched.
-
-    Normally the CPU runs ahead, and only the sum counts. Where it must wait for the GPU once a layer (`counted`), it begins
-    each layer with an empty queue: kernels shorter than their launch leave gaps until longer ones let it get ahead.
-    """
-    if not counted:
-        host = sum(one.forward_kernels for one in operations) * HOST_SECONDS_PER_KERNEL
-        return max(0.0, host - sum(one.forward_seconds for one in operations))
-    first = next(i for i, one in enumerate(operations) if one.name == "permute")
-    host = device = 0.0
-    for one in (*operations[first:], *operations[:first]):
-        device = max(device, host + HOST_SECONDS_PER_KERNEL) + one.forward_seconds
-        host += one.forward_kernels * HOST_SECONDS_PER_KERNEL
-        device = max(device, host)
-    return device - sum(one.forward_seconds for one in operations)
 
 
 def pipeline_of(work: Work, chunks: Sequence[PassTime]) -> PipelineTime:

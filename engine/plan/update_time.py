@@ -63,7 +63,8 @@ def _update_steps(work: Work, stage: Stage) -> Iterator[tuple[str, float]]:
         yield "update", update_bytes / HOST_MEMORY_BYTES_PER_SECOND
     else:
         yield "update", memory_bound_seconds(device, update_bytes)
-    yield "quantise", memory_bound_seconds(device, QUANTIZE_BYTES[training.precision] * (held.matrices + held.experts))
+    if training.precision in QUANTIZE_BYTES:  # the weights, once a step
+        yield "quantise", memory_bound_seconds(device, QUANTIZE_BYTES[training.precision].forward * (held.matrices + held.experts))
 
 
 def _widest(work: Work) -> Axis:
