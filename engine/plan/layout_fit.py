@@ -18,7 +18,7 @@ def rank_problems(run: "PlannedRun") -> Iterator[Problem]:
     if ranks % model_ranks:
         reason = f"{ranks} training GPUs can't hold tp {layout.tp} x cp {layout.cp} x pp {layout.pp} = {model_ranks}"
         generating = run.gpus - ranks
-        yield Problem("gpus", run.gpus, reason, tuple(generating + fit for fit in nearest_multiples(ranks, model_ranks)))
+        yield Problem("gpus", run.gpus, reason, tuple(generating + fit for fit in nearest_multiples(ranks, _shared_by(run))))
     elif layout.dp not in (0, ranks // model_ranks):
         reason = f"{ranks} training GPUs with tp {layout.tp} x cp {layout.cp} x pp {layout.pp} give another number of replicas"
         yield Problem("layout.dp", layout.dp, reason, (ranks // model_ranks,))
@@ -26,6 +26,13 @@ def rank_problems(run: "PlannedRun") -> Iterator[Problem]:
         dense_ranks = ranks // layout.pp
         reason = f"ep x etp = {layout.ep * layout.etp} doesn't divide dp x cp x tp = {dense_ranks}"
         yield Problem("layout.ep", layout.ep, reason, nearest_fitting(layout.ep, dense_ranks, lambda ep: _ep_fits(run, ep)))
+
+
+def _shared_by(run: "PlannedRun") -> int:
+    """What the number of training GPUs must be a multiple of: replicas, and where they generate too, engines."""
+    model_ranks = run.layout.tp * run.layout.cp * run.layout.pp
+    colocated = run.rollout is not None and run.placement == "colocated"
+    return math.lcm(model_ranks, run.rollout.engine_gpus) if colocated else model_ranks
 
 
 def tensor_problems(run: "PlannedRun") -> Iterator[Problem]:
@@ -208,8 +215,7 @@ def rollout_problems(run: "PlannedRun") -> Iterator[Problem]:
             fits = tuple(gpus for gpus in nearest_multiples(plan.gpus, plan.engine_gpus) if gpus < run.gpus)
             yield Problem("rollout.gpus", plan.gpus, reason, fits)
         else:
-            unit = math.lcm(plan.engine_gpus, run.layout.tp * run.layout.cp * run.layout.pp)
-            yield Problem("gpus", run.gpus, reason, nearest_multiples(run.gpus, unit))
+            yield Problem("gpus", run.gpus, reason, nearest_multiples(run.gpus, _shared_by(run)))
 
 
 def _undivided_by_rollout_tp(run: "PlannedRun", tp: int) -> list[str]:

@@ -101,7 +101,8 @@ def _training_problems(run: "PlannedRun") -> Iterator[Problem]:
         because = "layout.pp is 1" if layout.pp == 1 else f"layout.schedule is {layout.schedule}, not interleaved"
         yield Problem("layout.vpp", layout.vpp, f"has no effect while {because}", (1,))
     if layout.vpp == 1 and layout.pp > 1 and layout.schedule == "interleaved":
-        yield Problem("layout.vpp", layout.vpp, "schedule interleaved needs several chunks a rank", (2,))
+        fits = (2,) if run.shape.num_layers >= 2 * layout.pp else ()
+        yield Problem("layout.vpp", layout.vpp, "schedule interleaved needs several chunks a rank", fits)
 
 
 def _placement_problems(run: "PlannedRun") -> Iterator[Problem]:
@@ -113,7 +114,10 @@ def _placement_problems(run: "PlannedRun") -> Iterator[Problem]:
         return
     if split and not 0 < plan.gpus < run.gpus:
         reason = f"with split placement some of the {run.gpus} GPUs generate and the others train"
-        yield Problem("rollout.gpus", plan.gpus, reason, () if run.gpus < 2 else (1,) if plan.gpus < 1 else (run.gpus - 1,))
+        engine_gpus = max(plan.engine_gpus, 1)
+        most = (run.gpus - 1) // engine_gpus * engine_gpus
+        fits = () if most < 1 else (engine_gpus,) if plan.gpus < 1 else (most,)
+        yield Problem("rollout.gpus", plan.gpus, reason, fits)
     if split and plan.weight_sync in ("alias", "local_copy"):
         reason = "with split placement weights come from other GPUs"
         yield Problem("rollout.weight_sync", plan.weight_sync, reason, ("reshard", "stream"))
