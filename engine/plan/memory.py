@@ -10,11 +10,20 @@ from .activations import head_working_bytes, layer_working_bytes, stage_kept_byt
 from .devices import device_named
 from .facts import kv_bytes_per_token, parameters
 from .run import PlannedRun, Stage
-from .states import alike_layers, gradient_placeholder_bytes, layer_rank_parameters, rank_parameters, rank_state_bytes, replicas
+from .states import (
+    StateBytes,
+    alike_layers,
+    gradient_placeholder_bytes,
+    layer_rank_parameters,
+    rank_parameters,
+    rank_state_bytes,
+    replicas,
+)
 
 Phase = Literal["training", "rollout"]
 PARTS = (
-    "weights", "gradients", "optimizer", "activations", "logits", "communication", "rollout_weights", "kv_cache", "margin",
+    "weights", "gradients", "optimizer", "activations", "logits", "communication", "reference_weights", "rollout_weights",
+    "kv_cache", "margin",
 )  # fmt: skip
 GIB = 2**30
 FRAGMENTATION = 0.05
@@ -88,13 +97,19 @@ def fits(run: PlannedRun) -> bool:
 
 
 def training_memory(run: PlannedRun) -> tuple[StageMemory, ...]:
-    """Every pipeline rank while it trains. Own weights and KV cache of colocated rollout engines have been given back."""
+    """Every pipeline rank while it trains. Own weights and KV cache of colocated rollout engines have been given back.
+
+    With RolloutPlan.reference the reference policy, in the trainer's layout and dtype, is always there. offload_training keeps
+    it in the host's memory but for the pass that needs it, which needs no gradients and no optimizer.
+    """
     memories = []
     for stage in run.stages():
         states = rank_state_bytes(run, stage)
         kept, layer = stage_kept_bytes(run, stage), layer_working_bytes(run, stage)
         logits, head = head_working_bytes(run, stage)
         at_head = logits + head > layer
+        offloaded = run.rollout is not None and run.rollout.offload_training
+        reference = _reference_bytes(run, states)
         parts = _parts(
             weights=states.weights,
             gradients=states.gradients + gradient_placeholder_bytes(run, stage),
@@ -102,8 +117,11 @@ def training_memory(run: PlannedRun) -> tuple[StageMemory, ...]:
             activations=kept + (head if at_head else layer),
             logits=logits if at_head else 0.0,
             communication=communication_bytes(run, stage),
+            reference_weights=0.0 if offloaded else reference,
         )
-        memories.append(StageMemory(stage, "training", _with_margin(run, parts), states.host))
+        margin = outside_bytes(run) + FRAGMENTATION * sum(parts.values())
+        host = states.host + (reference if offloaded else 0.0)
+        memories.append(StageMemory(stage, "training", parts | {"margin": margin}, host))
     return tuple(memories)
 
 
@@ -112,21 +130,23 @@ def colocated_rollout_memory(run: PlannedRun) -> tuple[StageMemory, ...]:
 
     Of training, weights and optimizer states stay, unless RolloutPlan.offload_training moves them to the host; gradients, which
     every step makes anew, and activations are gone. The KV cache takes what RolloutPlan.memory_fraction of the device leaves
-    beside the weights it generates with: the trainer's own (weight_sync alias) or a copy in the rollout's layout and dtype.
+    beside the weights it generates with: the trainer's own (weight_sync alias) or a copy in the rollout's layout and dtype. It
+    is allocated once and doesn't fragment.
     """
     alias = run.rollout.weight_sync == "alias"
     memories = []
     for stage in run.stages():
-        states = rank_state_bytes(run, stage)
-        away = run.rollout.offload_training and not alias
+        states, offloaded = rank_state_bytes(run, stage), run.rollout.offload_training
+        away, reference = offloaded and not alias, _reference_bytes(run, states)
         parts = _parts(
             weights=0.0 if away else states.weights,
-            optimizer=0.0 if run.rollout.offload_training else states.optimizer,
+            optimizer=0.0 if offloaded else states.optimizer,
+            reference_weights=0.0 if offloaded else reference,
             rollout_weights=0.0 if alias else rollout_weight_bytes(run),
             kv_cache=rollout_kv_cache_bytes(run),
         )
-        host = states.host + (states.weights if away else 0.0) + (states.optimizer if run.rollout.offload_training else 0.0)
-        memories.append(StageMemory(stage, "rollout", _with_margin(run, parts), host))
+        host = states.host + (states.weights if away else 0.0) + (states.optimizer + reference if offloaded else 0.0)
+        memories.append(StageMemory(stage, "rollout", parts | {"margin": outside_bytes(run)}, host))
     return tuple(memories)
 
 
@@ -166,8 +186,9 @@ def communication_bytes(run: PlannedRun, stage: Stage) -> float:
     element = 4 if training.precision == "fp32" else 2
     total = _fsdp_bytes(run, stage, element) if training.fsdp else 0.0
     if layout.cp > 1 and layout.cp_kind == "ring":
-        key_value = 2 * max(shape.num_kv_heads / layout.tp, 1) * shape.head_dim  # MLA's are up-projected, as many as heads
-        total += 2 * run.microbatch_tokens * key_value * element
+        mla = shape.mla  # its keys and values travel up-projected
+        widths = 2 * shape.head_dim if mla is None else mla.nope_dim + mla.rope_dim + mla.value_dim
+        total += 2 * run.microbatch_tokens * max(shape.num_kv_heads / layout.tp, 1) * widths * element
     if layout.pp > 1:
         total += 2 * run.microbatch_tokens / (layout.tp if layout.sp else 1) * shape.hidden_size * element
     return total
@@ -189,11 +210,15 @@ def _fsdp_bytes(run: PlannedRun, stage: Stage, element: int) -> float:
     return GATHERED_UNITS * largest * element + largest * (element + gradient)
 
 
-def _with_margin(run: PlannedRun, parts: dict[str, float]) -> dict[str, float]:
+def outside_bytes(run: PlannedRun) -> float:
+    """On the device, but not PyTorch's to give: CUDA context, kernels, NCCL's buffers for the world and each axis."""
     layout = run.layout
     groups = 1 + sum(size > 1 for size in (layout.tp, layout.cp, layout.pp, layout.dp, layout.ep))
-    outside = CONTEXT_BYTES + KERNELS_BYTES + (COMMUNICATOR_BYTES * groups if run.gpus > 1 else 0.0)
-    return parts | {"margin": outside + FRAGMENTATION * sum(parts.values())}
+    return CONTEXT_BYTES + KERNELS_BYTES + (COMMUNICATOR_BYTES * groups if run.gpus > 1 else 0.0)
+
+
+def _reference_bytes(run: PlannedRun, states: StateBytes) -> float:
+    return states.weights if run.rollout is not None and run.rollout.reference else 0.0
 
 
 def _parts(**known: float) -> dict[str, float]:

@@ -228,12 +228,17 @@ def test_phases_of_a_colocated_run():
     trained, generated = training_memory(run)[0], colocated_rollout_memory(run)[0]
     assert trained.parts_bytes["rollout_weights"] == trained.parts_bytes["kv_cache"] == 0
     assert generated.parts_bytes["weights"] == generated.parts_bytes["optimizer"] == generated.parts_bytes["gradients"] == 0
-    assert generated.host_bytes == pytest.approx(trained.parts_bytes["weights"] + trained.parts_bytes["optimizer"])
+    reference = trained.parts_bytes["weights"]
+    assert generated.host_bytes == pytest.approx(2 * reference + trained.parts_bytes["optimizer"])
+    assert trained.host_bytes == reference and trained.parts_bytes["reference_weights"] == 0
     capacity = device_capacity_bytes(run)
     assert generated.parts_bytes["rollout_weights"] + generated.parts_bytes["kv_cache"] == pytest.approx(0.8 * capacity)
     assert memory_per_rank(run)[0] == max(trained, generated, key=lambda memory: memory.total_bytes)
     kept = replace(run, rollout=replace(rollout, offload_training=False))
     assert fits(run) and not fits(kept)
+    assert training_memory(kept)[0].parts_bytes["reference_weights"] == reference
+    no_reference = training_memory(replace(run, rollout=replace(rollout, reference=False)))[0]
+    assert no_reference.parts_bytes["reference_weights"] == no_reference.host_bytes == 0
     alias = replace(run, rollout=replace(rollout, weight_sync="alias", offload_training=False, memory_fraction=0.5))
     shared = colocated_rollout_memory(alias)[0]
     assert shared.parts_bytes["rollout_weights"] == 0 and shared.parts_bytes["weights"] == trained.parts_bytes["weights"]
