@@ -16,7 +16,7 @@ from .collectives import (
 from .layer_time import BF16_BYTES, Operation, Work
 from .run import Dispatcher
 from .shape import MoeShape
-from .states import layer_rank_parameters
+from .states import layer_rank_parameters, replicas
 
 DISPATCHER_MULTIPROCESSORS: dict[Dispatcher, int] = {"alltoall": 16, "deepep": 20, "hybridep": 32}
 """Held while tokens travel: NCCL's channels; DeepEP's default (DeepSeek-V3, arXiv 2412.19437, section 3.2.2: 20 of 132); those
@@ -70,7 +70,8 @@ def _repeated(exchanges: list[Exchange], recomputed: bool) -> list[Exchange]:
 def collective(work: Work, axis: Axis, kind: CollectiveKind, payload_bytes: float) -> tuple[float, float]:
     """(bytes sent, seconds) of one collective over all ranks of an axis; payload as in `collectives.wire_bytes`."""
     layout = work.run.layout
-    size = {"zero": layout.dp * layout.cp, "edp": work.run.edp}.get(axis) or getattr(layout, axis)
+    dense_replicas, expert_replicas = replicas(work.run)  # twice as many with DualPipe, which holds every layer twice
+    size = {"zero": dense_replicas, "edp": expert_replicas}.get(axis) or getattr(layout, axis)
     near = members_per_node(layout, axis, work.device.gpus_per_node)
     return wire_bytes(kind, payload_bytes, size), collective_seconds(work.device, kind, payload_bytes, size, near)
 
