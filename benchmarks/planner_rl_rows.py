@@ -7,8 +7,8 @@ and dynamic sampling generates an unknown number of batches).
 
 Lengths. NeMo-RL publishes mean response lengths and the limit of prompt plus response; its prompts are assumed to have 105
 tokens, which is what its tokens/s/GPU x seconds x GPUs / samples leaves over the responses in every row (103-127). The spread
-of lengths (0.8) is assumed everywhere. verl's fully-async page and R1's paper publish no mean: `assumed` says what was taken. verl's partial rollouts with a
-staleness of 0.5 are planned as two steps ahead: engines never drain.
+of lengths (0.8) is assumed everywhere. verl's fully-async page and R1's paper publish no mean: `assumed` says what was taken.
+verl's partial rollouts with a staleness of 0.5 are planned as two steps ahead: its engines never drain.
 """
 
 from dataclasses import dataclass, field, replace
@@ -60,7 +60,8 @@ def planned(
 def nemo(
     model: str, gpus: int, limit_tokens: int, mean_response_tokens: float, samples: tuple[int, int] = (64, 32),
     tp: int = 1, cp: int = 1, pp: int = 1, ep: int = 1, rollout_tp: int = 1, stage_layers: tuple[int, ...] = (),
-    recompute: bool = False, fused: bool = True, precision: str = "bf16", rollout_gpus: int = 0, optimizer_steps: int = 4, **rollout,
+    recompute: bool = False, fused: bool = True, precision: str = "bf16", rollout_gpus: int = 0, optimizer_steps: int = 4,
+    **rollout,
 ) -> PlannedRun:  # fmt: skip
     """NeMo-RL's recipes: Megatron with bf16 gradients, packing, NCCL all-to-all (DeepEP off), vLLM with CUDA graphs; colocated:
     states offloaded, memory 0.6, tensors streamed; split: memory 0.8, tensors broadcast, in-flight weight updates."""
@@ -82,7 +83,7 @@ def nemo(
 
 
 def _blog() -> list[RlRow]:
-    note = "Megatron backend; 2,048 samples, limit 4,096; recipes of v0.3.0: generation tp 1, 4, 4, 4"
+    note = "recipes of v0.3.0: generation tp 1, 4, 4, 4; its SwiGLU was not fused, planned as uncompiled"
 
     def row(name: str, run: PlannedRun, step: float, training: float, sync: float, rollout: float, logprobs: float) -> RlRow:
         phases = {"training": training, "weight_sync": sync, "rollout": rollout, "logprobs": logprobs}
@@ -239,7 +240,10 @@ def _verl_deepseek() -> RlRow:
 
 
 def _verl_7b() -> list[RlRow]:
-    note = "mean length 2,000 (unpublished, and not the same in these runs; limit 28,672), prompts of 150; FSDP of 8, Ulysses of 4, gradient checkpointing"
+    note = (
+        "mean length 2,000 in all (unpublished, and not the same in these runs; limit 28,672), prompts of 150; FSDP, Ulysses "
+        "of 4, gradient checkpointing"
+    )
 
     def row(gpus: int, step: float, phases: dict[str, float], rollout_gpus: int = 0) -> RlRow:
         training = TrainingPlan(

@@ -59,29 +59,16 @@ class GenerationEngine:
 
     @staticmethod
     def of(run: PlannedRun) -> "GenerationEngine":
-        """Raises InputError where the run has no rollout, or its engines don't divide GPUs, layers, heads or experts."""
-        plan, shape = run.rollout, run.shape
+        """Of a run without other problems. Raises InputError where it has no rollout, or no memory for its KV cache."""
+        plan = run.rollout
         if plan is None:
             raise InputError("this run only trains: give it a rollout to plan generation")
-        gpus = max(plan.tp, plan.ep) * plan.pp
-        if run.rollout_gpus < gpus or run.rollout_gpus % gpus:
-            fits = max(1, run.rollout_gpus // gpus) * gpus
-            raise InputError(
-                f"{run.rollout_gpus} generating GPUs are no multiple of an engine's {gpus} "
-                f"(max(tp {plan.tp}, ep {plan.ep}) x pp {plan.pp}): give {fits} GPUs to rollout"
-            )
-        if shape.num_heads % plan.tp:
-            fits = max(d for d in range(1, plan.tp) if shape.num_heads % d == 0)
-            raise InputError(f"rollout tp {plan.tp} doesn't divide {shape.num_heads} heads of {shape.name}: use {fits}")
-        if plan.ep > 1 and (shape.moe is None or shape.moe.num_experts % plan.ep or plan.ep % plan.tp):
-            experts = "no experts" if shape.moe is None else f"{shape.moe.num_experts} experts"
-            raise InputError(f"rollout ep {plan.ep} must divide {experts} of {shape.name} and be a multiple of tp {plan.tp}")
         if rollout_kv_cache_bytes(run) <= 0:
             raise InputError(
                 f"rollout weights of {rollout_weight_bytes(run) / 1e9:.1f} GB a GPU leave nothing of memory_fraction "
                 f"{plan.memory_fraction:g} for the KV cache: use more rollout tp, pp or ep"
             )
-        return GenerationEngine(run, device_named(run.device), run.rollout_gpus // gpus)
+        return GenerationEngine(run, device_named(run.device), run.rollout_gpus // plan.engine_gpus)
 
     @property
     def shape(self) -> ModelShape:
@@ -90,10 +77,6 @@ class GenerationEngine:
     @property
     def plan(self) -> RolloutPlan:
         return self.run.rollout
-
-    @property
-    def gpus(self) -> int:
-        return max(self.plan.tp, self.plan.ep) * self.plan.pp
 
     @property
     def replicas(self) -> int:
@@ -178,7 +161,7 @@ class GenerationEngine:
         seconds += self._head_seconds(rows if all_logits else 1)
         hop = 0.0
         if pp > 1:
-            beside = max(1, self.device.gpus_per_node // (self.gpus // pp))
+            beside = max(1, self.device.gpus_per_node // (self.plan.engine_gpus // pp))
             hop = collective_seconds(self.device, "send_recv", rows * shape.hidden_size * 2, pp, min(beside, pp))
         return seconds / pp + hop
 

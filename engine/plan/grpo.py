@@ -104,12 +104,14 @@ def packed_sequences(lengths_tokens: list[float], limit_tokens: int) -> int:
 
 
 def grpo_step(run: PlannedRun) -> GrpoStep:
-    """Predict one GRPO step. Raises InputError where engines or samples don't fit (`rollout_time`, `optimizer_step_run`)."""
+    """Predict one GRPO step of a run whose settings `PlannedRun.of` has checked.
+
+    Raises InputError where it has no rollout, its engines have no memory for a KV cache, or its longest sample doesn't fit into
+    a packed sequence.
+    """
     plan = run.rollout
     if plan is None:
         raise InputError("this run only trains: give it a rollout to plan a GRPO step")
-    if plan.steps_ahead and run.placement != "split":
-        raise InputError(f"steps_ahead {plan.steps_ahead} needs placement split: colocated GPUs generate and train in turn")
     rollout, sync, step_run = rollout_time(run), weight_sync_time(run), optimizer_step_run(run)
     training = train_step(step_run)
     samples = plan.prompts_per_step * plan.group_size

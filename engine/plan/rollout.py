@@ -65,8 +65,8 @@ def rollout_time(run: PlannedRun) -> RolloutTime:
     """Predict generation of one step's samples.
 
     Samples are dealt evenly to the engines. The engine followed is the one with the longest response of all: its others are
-    the quantiles of the lengths, in an order that mixes them. Prompts are computed once a group. Raises InputError where
-    engines don't fit the GPUs, the model or the memory.
+    the quantiles of the lengths, in an order that mixes them. Prompts are computed once a group. Raises InputError as
+    `GenerationEngine.of` and `ResponseLengths.of` do.
     """
     plan, engine = run.rollout, GenerationEngine.of(run)
     lengths = ResponseLengths.of(plan.mean_response_tokens, plan.max_response_tokens, plan.response_spread)
@@ -80,7 +80,7 @@ def rollout_time(run: PlannedRun) -> RolloutTime:
         age = lengths.token_weighted_mean_tokens / 2
         seconds = share * lengths.mean_tokens / plan.speculative_tokens / slots
         seconds *= engine.step_seconds(slots, plan.prompt_tokens + age)
-        decode, tail, curve = seconds, 0.0, ((0.0, slots * replicas), (seconds, slots * replicas))
+        decode, tail, curve = float(seconds), 0.0, ((0.0, slots * replicas), (float(seconds), slots * replicas))
     else:
         decode, tail, curve = _drained(engine, lengths, samples, -(-samples // replicas), slots, replicas)
     total = prefill + decode + tail
@@ -108,7 +108,7 @@ def most_active(engine: GenerationEngine, lengths: ResponseLengths, sequences: i
     together = float(np.max(lengths.survival(tokens) * (engine.plan.prompt_tokens + tokens)))
     mixed = engine.plan.prompt_tokens + lengths.token_weighted_mean_tokens / 2
     held = rollout_kv_capacity_tokens(engine.run) / max(together, mixed)
-    return max(1.0, min(sequences, engine.plan.max_sequences / engine.replicas, held))
+    return float(max(1.0, min(sequences, engine.plan.max_sequences / engine.replicas, held)))
 
 
 def _drained(

@@ -1,12 +1,10 @@
 """Seconds from new weights in the trainer to new weights in the engines, by tier (`WeightSync`).
 
-Validated against published times in benchmarks/planner_rl_rows.py: NeMo-RL's reshard and the bucketed streams of NeMo-RL, slime
-and verl.
+Constants are fitted on published times of NeMo-RL and slime; tests/plan/test_weight_sync.py compares.
 """
 
 from dataclasses import dataclass
 
-from ..config import InputError
 from .devices import device_named
 from .efficiency import memory_bound_seconds
 from .facts import total_parameters
@@ -16,10 +14,13 @@ from .shape import ModelShape
 
 TRAINER_BYTES = 2
 """Of a weight as the trainer sends it."""
-RESHARD_SECONDS = 0.2
-"""Fixed part of a resharding: starting its transfers, barriers (NeMo-RL docs/design-docs/nccl-reshard-refit.md, 4B)."""
-RESHARD_LINK_FRACTION = 0.45
-"""Achieved of the link with many pairs of ranks and unequal blocks (the same document: DeepSeek-V3, Qwen3.5-397B)."""
+FIXED_SECONDS = 0.2
+"""Barriers and starting transfers, and ..."""
+RESHARD_TENSOR_SECONDS = 2e-5
+"""... host time of one tensor's block, and ..."""
+RESHARD_LINK_FRACTION = 0.6
+"""... achieved of the link with many pairs of ranks and unequal blocks (NeMo-RL docs/design-docs/nccl-reshard-refit.md and PR
+#2971: Qwen3-4B 0.21-0.34 s, 30B-A3B on tp 8, 4, 2 0.74-1.00, 1.13-1.53, 1.21-1.52, DeepSeek-V3 2.39-2.83)."""
 BROADCAST_LINK_FRACTION = 0.235
 """Achieved of a node's cards together (a broadcast enters a node once), packing and loading beside it (NeMo-RL PR #1379:
 DeepSeek-V3 14 s, Qwen3-235B 5.5 s)."""
@@ -37,10 +38,8 @@ class WeightSyncTime:
 
 
 def weight_sync_time(run: PlannedRun) -> WeightSyncTime:
-    """One synchronisation. Raises InputError for alias and local copies in split placement: they need the same GPU."""
+    """One synchronisation of a run with a rollout."""
     weight_bytes, device, tier = rollout_weight_bytes(run), device_named(run.device), run.rollout.weight_sync
-    if run.placement == "split" and tier in ("alias", "local_copy"):
-        raise InputError(f"weight_sync {tier} needs placement colocated: trainer and engines share GPUs; use reshard")
     if tier == "alias":
         return WeightSyncTime(tier, 0.0, 0.0)
     if tier == "local_copy":
@@ -51,14 +50,15 @@ def weight_sync_time(run: PlannedRun) -> WeightSyncTime:
     if tier == "broadcast":
         received = total_parameters(run.shape) * TRAINER_BYTES
         node_link = link if in_one_node else link * device.gpus_per_node
-        return WeightSyncTime(tier, received, RESHARD_SECONDS + received / (BROADCAST_LINK_FRACTION * node_link))
+        return WeightSyncTime(tier, received, FIXED_SECONDS + received / (BROADCAST_LINK_FRACTION * node_link))
     if tier == "stream":
         received = total_parameters(run.shape) * TRAINER_BYTES
-        seconds = num_tensors(run.shape) * STREAM_TENSOR_SECONDS + received / (STREAM_LINK_FRACTION * link)
+        seconds = FIXED_SECONDS + num_tensors(run.shape) * STREAM_TENSOR_SECONDS + received / (STREAM_LINK_FRACTION * link)
         return WeightSyncTime(tier, received, seconds)
     received = weight_bytes
     sent = received * run.rollout_gpus / run.training_gpus  # every trainer GPU serves as many copies as its share asks for
-    return WeightSyncTime(tier, received, RESHARD_SECONDS + max(received, sent) / (RESHARD_LINK_FRACTION * link))
+    host_seconds = FIXED_SECONDS + num_tensors(run.shape) * RESHARD_TENSOR_SECONDS
+    return WeightSyncTime(tier, received, host_seconds + max(received, sent) / (RESHARD_LINK_FRACTION * link))
 
 
 def num_tensors(shape: ModelShape) -> int:

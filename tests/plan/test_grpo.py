@@ -1,0 +1,129 @@
+"""A GRPO step's parts, placements and staleness; packing; whole runs."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from strop.engine.config import InputError, Layout
+from strop.engine.plan.grpo import LEARNING_PARTS, forward_seconds, grpo_step, optimizer_step_run, packed_sequences, whole_run
+from strop.engine.plan.models import SHAPES
+from strop.engine.plan.run import PlannedRun, RolloutPlan, TrainingPlan
+from strop.engine.plan.training import train_step
+
+ONE_RANK = Layout()
+
+
+def planned(all_gpus: int = 16, layout: Layout = ONE_RANK, sequence: int = 4608, **rollout) -> PlannedRun:
+    placement = "split" if rollout.get("gpus") else "colocated"
+    dp = (all_gpus - rollout.get("gpus", 0)) // (layout.tp * layout.cp * layout.pp)
+    training = TrainingPlan(sequence_length_tokens=sequence, global_batch_sequences=48 * dp, recompute=("layer",))
+    plan = RolloutPlan(**rollout)
+    return PlannedRun.of(SHAPES["qwen3-8b"], all_gpus, layout=layout, training=training, rollout=plan, placement=placement)
+
+
+@pytest.mark.parametrize("rollout", [{}, {"gpus": 8}, {"gpus": 8, "steps_ahead": 1}, {"gpus": 8, "steps_ahead": 4}])
+@pytest.mark.parametrize("layout", [Layout(), Layout(pp=2), Layout(tp=2, sp=True), Layout(cp=2)])
+def test_parts_make_the_step(rollout, layout):
+    step = grpo_step(planned(layout=layout, reward_seconds=3.0, **rollout))
+    assert step.step_seconds == pytest.approx(sum(step.parts_seconds.values())) and min(step.parts_seconds.values()) >= 0
+    assert step.tokens_per_second_per_gpu * 16 * step.step_seconds == pytest.approx(1024 * (256 + 1024)) == step.tokens
+    waits = step.parts_seconds.get("rollout_wait", 0.0)
+    assert waits == 0 or step.rollout_idle_seconds == 0, "one side waits for the other, not both"
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    rollout_gpus=st.sampled_from((4, 8, 12)), mean=st.floats(300, 3000), spread=st.floats(0.1, 1.2),
+    ahead=st.integers(1, 8), continuous=st.booleans(),
+)  # fmt: skip
+def test_working_ahead_is_never_slower_than_in_turn(rollout_gpus, mean, spread, ahead, continuous):
+    common = {"gpus": rollout_gpus, "mean_response_tokens": mean, "response_spread": spread}
+    in_turn = grpo_step(planned(**common))
+    stale = grpo_step(planned(steps_ahead=ahead, continuous=continuous, **common))
+    assert stale.step_seconds <= in_turn.step_seconds
+    assert stale.step_seconds >= max(stale.rollout.total_seconds, sum(stale.parts_seconds[name] for name in LEARNING_PARTS))
+
+
+@settings(max_examples=15, deadline=None)
+@given(gpus=st.sampled_from((8, 16, 32)), mean=st.floats(300, 3000), more=st.floats(1.05, 1.3))
+def test_longer_responses_take_longer_and_more_gpus_do_not(gpus, mean, more):
+    shorter, longer = (grpo_step(planned(gpus, mean_response_tokens=tokens)).step_seconds for tokens in (mean, mean * more))
+    wider = grpo_step(planned(2 * gpus, mean_response_tokens=mean)).step_seconds
+    # Packing is in whole sequences and micro-batches in whole numbers a replica: a longer mean may pack a little better.
+    assert longer >= shorter * 0.98 and wider <= shorter * 1.02
+
+
+def test_what_is_not_computed_costs_nothing():
+    step = grpo_step(planned(weight_sync="alias", reference=False, old_logprobs=False))
+    zero = ("reference_logprobs", "old_logprobs", "weight_sync", "switch", "offload", "reward")
+    assert all(step.parts_seconds[name] == 0 for name in zero)
+    offloaded = grpo_step(planned(offload_training=True)).parts_seconds
+    kept = grpo_step(planned()).parts_seconds
+    assert offloaded["offload"] > 0 == kept["offload"] and offloaded["reference_logprobs"] > kept["reference_logprobs"]
+
+
+def test_training_is_that_of_the_optimizer_steps():
+    run = planned(optimizer_steps=4, train_epochs=2)
+    step, one = grpo_step(run), optimizer_step_run(run)
+    assert step.parts_seconds["training"] == pytest.approx(8 * train_step(one).step_seconds)
+    assert one.rollout is None and one.training.global_batch_sequences % one.layout.dp == 0
+    capacity = 4 * one.step_tokens
+    assert 1 <= capacity / step.tokens < 1.2, "packed sequences hold the samples, with little left over"
+
+
+def test_log_probs_take_a_forward_pass():
+    for layout in (Layout(), Layout(pp=4), Layout(tp=2, sp=True)):
+        one = optimizer_step_run(planned(layout=layout))
+        parts = train_step(one).parts_seconds
+        busy = parts["forward"] + parts["exposed_tensor"] / 3
+        assert busy * 0.95 <= forward_seconds(one) < 0.6 * train_step(one).step_seconds
+
+
+def test_split_trains_on_fewer_gpus():
+    colocated, split = grpo_step(planned(16)), grpo_step(planned(16, gpus=8))
+    assert split.parts_seconds["training"] > 1.8 * colocated.parts_seconds["training"]
+    assert split.rollout_idle_seconds > 0 and "switch" not in split.parts_seconds
+
+
+def test_packing():
+    assert packed_sequences([60, 50, 40, 30, 20], 100) == 2
+    assert packed_sequences([51] * 8, 100) == 8 and packed_sequences([50] * 8, 100) == 4
+    lengths = [float(37 * i % 1000 + 1) for i in range(500)]
+    assert math.ceil(sum(lengths) / 2000) <= packed_sequences(lengths, 2000) <= 1.02 * sum(lengths) / 2000 + 1
+
+
+def test_micro_batches_follow_padding_and_schedule():
+    short = {"mean_response_tokens": 2600, "response_spread": 0.1}
+    padded, as_long = (optimizer_step_run(planned(pad_packed=padded, **short)).training for padded in (True, False))
+    assert padded.sequence_length_tokens == 4608 > as_long.sequence_length_tokens > 2700
+    assert padded.global_batch_sequences == as_long.global_batch_sequences
+    assert as_long.packed_length_tokens < 3000
+    interleaved = optimizer_step_run(planned(layout=Layout(pp=4, vpp=2, schedule="interleaved")))
+    assert interleaved.microbatches % 4 == 0
+
+
+def test_whole_runs_add_up():
+    run = planned(16, gpus=8, steps_ahead=1)
+    one, hundred = whole_run(run), whole_run(replace(run, steps=100))
+    assert hundred.gpu_hours == pytest.approx(100 * one.gpu_hours) == pytest.approx(hundred.seconds * 16 / 3600)
+    assert hundred.tokens == pytest.approx(100 * grpo_step(run).tokens)
+    kilowatts = hundred.energy_kwh / (hundred.seconds / 3600)
+    assert 0.2 * 16 * 0.7 <= kilowatts <= 0.9 * 16 * 0.7
+    training = PlannedRun.of(SHAPES["qwen3-8b"], 16, layout=Layout(tp=2, sp=True), steps=10)
+    assert whole_run(training).energy_kwh == pytest.approx(whole_run(training).gpu_hours * 0.7 * 0.9)
+    assert whole_run(training).tokens == 10 * training.step_tokens
+
+
+@pytest.mark.parametrize(
+    "run, message",
+    [
+        (PlannedRun.of(SHAPES["qwen3-8b"], 16), "only trains"),
+        (planned(sequence=4096), "at least 4352"),
+    ],
+)
+def test_mistakes_name_the_fix(run, message):
+    with pytest.raises(InputError, match=message):
+        grpo_step(run)
