@@ -14,6 +14,7 @@ from strop.engine.plan.candidates import SearchSpace
 from strop.engine.plan.check import check
 from strop.engine.plan.devices import device_named
 from strop.engine.plan.facts import total_parameters
+from strop.engine.plan.memory import rollout_kv_cache_bytes
 from strop.engine.plan.models import SHAPES
 from strop.engine.plan.report import Prediction
 from strop.engine.plan.run import PlannedRun, RolloutPlan, TrainingPlan
@@ -183,7 +184,9 @@ def predict(run: PlannedRun) -> tuple[Prediction | None, list[Problem]]:
     if found := problems(run):
         return None, found
     run = replace(run, layout=run.layout.resolve(run.training_gpus))
-    return Prediction.of(run), check(run)
+    found = check(run)
+    generates_nothing = run.rollout is not None and rollout_kv_cache_bytes(run) <= 0
+    return None if generates_nothing else Prediction.of(run), found
 
 
 def show_plan(run: PlannedRun, notes: Sequence[str] = ()) -> tuple[Prediction | None, list[Problem]]:

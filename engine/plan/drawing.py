@@ -39,9 +39,15 @@ def draw_prediction(prediction: Prediction, file: Path) -> None:
 
 
 def layout_text(prediction: Prediction) -> str:
-    """The layout in a few words: "tp 4 · pp 8 · dp 8 · ep 32"."""
-    sizes = [f"{span.axis} {span.ranks}" for span in prediction.spans() if span.axis != "edp"]
-    return " · ".join(sizes) or "one rank"
+    """The layout in a few words: "tp 4 sp · pp 8 vpp 4 interleaved · dp 8 · ep 32"."""
+    layout = prediction.run.layout
+    more = {
+        "tp": " sp" if layout.sp else "",
+        "cp": f" {layout.cp_kind}",
+        "pp": (f" vpp {layout.vpp}" if layout.vpp > 1 else "") + f" {layout.schedule}",
+    }
+    spans = [span for span in prediction.spans() if span.axis != "edp"]
+    return " · ".join(f"{span.axis} {span.ranks}{more.get(span.axis, '')}" for span in spans) or "one rank"
 
 
 def draw_memory(prediction: Prediction, axes: "Axes") -> None:

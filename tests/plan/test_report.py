@@ -103,7 +103,7 @@ def test_groups_of_each_axis(predictions) -> None:
     assert spans["pp"].spans_nodes and spans["dp"].spans_nodes
     moe = {span.axis: span for span in predictions["moe"].spans()}
     assert (moe["ep"].ranks, moe["ep"].groups, moe["ep"].ranks_per_node) == (64, 16, 8)
-    assert layout_text(predictions["moe"]) == "pp 16 · dp 64 · ep 64"
+    assert layout_text(predictions["moe"]) == "pp 16 dualpipe · dp 64 · ep 64"
     assert layout_text(Prediction.of(PlannedRun.of(SHAPES["qwen3-0.6b"], 1))) == "one rank"
 
 
