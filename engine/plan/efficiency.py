@@ -126,8 +126,8 @@ def grouped_gemm_seconds(
 ) -> float:
     """`groups` products [rows, k] x [k, n] in one kernel: the experts of one rank, equally loaded. As `gemm_seconds`.
 
-    Nothing more is needed for groups than their tiles: of DeepGEMM's grouped products on H800, those of 4096 rows or more a group
-    come out within 7%, those of 256 rows up to 24% too fast.
+    Nothing more is needed for groups than their tiles: of DeepGEMM's grouped products on H800, those of 4096 or more rows a
+    group come out within 7%, those of 256 rows up to 24% too fast.
     """
     peak = peak_flops_per_second(device, precision)
     rate = peak * MAINLOOP_FRACTION[device.architecture][precision] / device.streaming_multiprocessors
