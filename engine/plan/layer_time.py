@@ -37,13 +37,15 @@ QUANTIZE_BYTES = {
     # FP8 input is read and written once more, and the gradient is quantised a second time.
     "fp8-blockwise": QuantizeBytes(forward=3, backward_input=3, weight_input=2, weight_gradient=3),
 }
-FUSED_PASSES = 2.3
+FUSED_PASSES = 2.6
 """Bytes of element-wise operations as training libraries fuse them over the fewest that they could move: layout copies, fp32
-intermediates, kernels below the memory's bandwidth. Fitted on rows; the casts of DeepSeek's DualPipe trace alone: 1.8."""
-EAGER_PASSES = 3.0
-"""The same of operations run one by one: every intermediate of a norm, rotation or SwiGLU is written and read again."""
+intermediates, kernels below the memory's bandwidth. Fitted on rows."""
+EAGER_PASSES = 4.0
+"""The same of operations run one by one. Counted, a norm moves 9 times the fewest bytes (its fp32 copy, square, mean, product,
+cast, scale), a rotation 4, a SwiGLU 1.7, a residual 1: 3.1 in a Llama layer; times 1.3 for layout copies."""
 FLASH2_SECONDS: dict[bool, float] = {False: 1.75, True: 1.6}
-"""Forward (False) and backward (True) of FlashAttention 2 over 3 on Hopper: 1.5-2.0 and 1.5-1.75 (arXiv 2407.08608, section 4)."""
+"""Forward (False) and backward (True) of FlashAttention 2 over 3 on Hopper: 1.5-2.0 and 1.5-1.75 (arXiv 2407.08608, abstract
+and section 4)."""
 PRODUCT_LAUNCHES = 3
 """Kernels' worth of CPU time of one linear module (Transformer Engine's Python beside its one product); a module of several
 experts launches a product for each of them."""
@@ -303,22 +305,29 @@ def embedding_operations(work: Work) -> list[Operation]:
     return [work.elementwise("embedding", 2 * elements, 4 * elements, forward_kernels=2, backward_kernels=2)]
 
 
-LOGIT_PASSES: dict[str, tuple[float, float]] = {"fused": (4, 1), "in-place": (2, 1), "materialized": (12, 7), "eager": (10, 12)}
-"""Elements of two bytes that the loss moves per logit, forward and backward. fused: an fp32 chunk is read twice, its gradient
-written; in-place: 16-bit logits read, then read and overwritten; materialized: copied to fp32, largest, exponentials, sum; then
-the gradient in fp32 and its 16-bit copy; eager: copied to fp32, log-softmax; then its gradient, the logits' and the copy."""
+LOGIT_BYTES_MOVED: dict[str, tuple[float, float]] = {
+    "fused": (8, 2),
+    "in-place": (4, 2),
+    "materialized": (24, 14),
+    "eager": (20, 24),
+    "retained": (20, 24),
+}
+"""By the loss per logit, forward and backward. fused: an fp32 chunk is read twice, its gradient written; in-place: 16-bit
+logits read, then read and overwritten; materialized: copied to fp32, largest, exponentials, sum, then the gradient in fp32 and
+its 16-bit copy; eager, retained: copied to fp32, log-softmax and its reading, backward the gradient of each and the copy."""
 
 
 def head_operations(work: Work) -> list[Operation]:
     """The last norm, the head and the loss, in bf16: 6 N H V operations whatever becomes of the logits."""
-    shape, layout = work.run.shape, work.run.layout
-    vocabulary = shape.vocab_size / layout.tp
-    logits = work.tokens * vocabulary
-    forward, backward = LOGIT_PASSES[work.run.training.logits]
+    vocabulary = work.run.shape.vocab_size / work.run.layout.tp
+    forward, backward = (
+        memory_bound_seconds(work.device, logit_bytes * work.tokens * vocabulary, kernels=6)
+        for logit_bytes in LOGIT_BYTES_MOVED[work.run.training.logits]
+    )
     return [
         _norm(work, "last_norm"),
-        work.product("head", work.tokens, vocabulary, shape.hidden_size, precision="bf16"),
-        work.elementwise("loss", forward * logits, backward * logits, forward_kernels=6, fixed=True),
+        work.product("head", work.tokens, vocabulary, work.run.shape.hidden_size, precision="bf16"),
+        Operation("loss", forward, backward, forward_kernels=6, backward_kernels=6),
     ]
 
 

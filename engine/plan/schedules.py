@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..config import InputError, PipelineSchedule
+from .collectives import BESIDE_COMPUTE_FRACTION
 from .timeline import Slot, dualpipe, dualpipev, interleaved, one_forward_one_backward, zero_bubble
 
 
@@ -50,12 +51,15 @@ class PipelineTime:
 def pair_seconds(forward: StageSeconds, backward: StageSeconds, contention: float) -> float:
     """A forward and a backward pass beside each other: exchanges of one run while the other computes.
 
-    `contention` is the share by which computation slows down while an exchange runs (its kernels hold SMs).
+    Both slow down: exchanges to BESIDE_COMPUTE_FRACTION of their bandwidth, computation by the share `contention`, since the
+    exchanges' kernels hold multiprocessors. What is left of either when the other is done runs at full speed.
     """
     compute = forward.forward + backward.backward
     exchange = forward.forward_exchange + backward.backward_exchange
-    slowed = compute + contention * min(exchange, compute / (1 + contention) if contention else compute)
-    return max(slowed, exchange)
+    slowed_compute, slowed_exchange = compute * (1 + contention), exchange / BESIDE_COMPUTE_FRACTION
+    if slowed_exchange > slowed_compute:
+        return slowed_compute + exchange - BESIDE_COMPUTE_FRACTION * slowed_compute
+    return slowed_exchange + compute - slowed_exchange / (1 + contention)
 
 
 def pipeline_time(
