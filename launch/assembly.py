@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from strop.engine.batch import Group, Prompt
 from strop.engine.config import InputError, Precision
@@ -38,6 +38,8 @@ class Policy:
     @classmethod
     def load(cls, name_or_path: str, precision: Precision, device: torch.device) -> "Policy":
         """Raises InputError for a folder that is not a whole model, or one without a tokenizer."""
+        from transformers import AutoTokenizer  # seconds: a mistake on the command line needn't wait for it
+
         folder = resolve_model(name_or_path)
         model = load_hf_folder(folder, DTYPES[precision], device)
         try:

@@ -4,6 +4,8 @@ Shape suffixes: T tokens of the pass, H hidden, N query heads, K key/value heads
 """
 
 import inspect
+from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +16,16 @@ from .context import ForwardContext, Packed, Paged
 from .layers import RMSNorm, Rotary
 from .rectangles import PagedPlan, Rectangles
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch < 2.10
-    varlen_attn = None
 
-HAS_VARLEN = varlen_attn is not None and {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
-"""torch >= 2.12; 2.10 and 2.11 spell causality and grouped heads differently and take the padded path."""
+@cache
+def flash_varlen() -> Callable[..., Tensor] | None:
+    """torch's attention over packed sequences; None before torch 2.12: 2.10 and 2.11 spell causality and grouped heads
+    differently and take the padded path. Imported when a GPU asks for it, since it imports torch.compile: 2 s of a start."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys() else None
 
 
 class Attention(nn.Module):
@@ -56,7 +61,7 @@ class Attention(nn.Module):
 
 def packed_attention(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, packed: Packed, plan: Rectangles) -> Tensor:
     """Causal attention inside each sequence: [T, N, D]; zeros, and zero gradients, for padding tokens."""
-    if q_TND.is_cuda and HAS_VARLEN and q_TND.dtype in (torch.bfloat16, torch.float16):
+    if q_TND.is_cuda and q_TND.dtype in (torch.bfloat16, torch.float16) and flash_varlen() is not None:
         return _varlen_attention(q_TND, k_TKD, v_TKD, packed)
     outputs = []
     for q, k, v in zip(plan.fold(q_TND), plan.fold(k_TKD), plan.fold(v_TKD), strict=True):
@@ -71,7 +76,7 @@ def _varlen_attention(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, packed: Packe
     ends, longest = packed.cu_seqlens, packed.max_seqlen
     is_token = (torch.arange(len(q_TND), device=q_TND.device) < ends[-1])[:, None, None]
     q_TND, k_TKD, v_TKD = (torch.where(is_token, x, 0.0) for x in (q_TND, k_TKD, v_TKD))
-    out_TND = varlen_attn(q_TND, k_TKD, v_TKD, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=True)
+    out_TND = flash_varlen()(q_TND, k_TKD, v_TKD, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=True)
     return torch.where(is_token, out_TND, 0.0)
 
 

@@ -3,14 +3,16 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from . import metrics
 from .metrics import read_metrics
+
+if TYPE_CHECKING:  # matplotlib takes most of a second to import, and a run draws once, at its end
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BLUE, ORANGE, GRAY = "#1f5fa8", "#d1661c", "#5b6470"
 SMOOTHING_SPAN = 20
@@ -88,7 +90,9 @@ def _points(rows: Sequence[Mapping[str, float]], key: str) -> list[tuple[float, 
     return [(row["step"], row[key]) for row in rows if key in row]
 
 
-def _draw(panel: Panel, series: Mapping[str, list[tuple[float, float]]]) -> Figure:
+def _draw(panel: Panel, series: Mapping[str, list[tuple[float, float]]]) -> "Figure":
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for (label, points), color in zip(series.items(), (BLUE, ORANGE), strict=False):
@@ -103,7 +107,9 @@ def _draw(panel: Panel, series: Mapping[str, list[tuple[float, float]]]) -> Figu
     return figure
 
 
-def _label(panel: Panel, axes: Axes) -> None:
+def _label(panel: Panel, axes: "Axes") -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.set_title(panel.title, loc="left", fontweight="bold", color="#20262e")
     axes.set_xlabel("step", color=GRAY)
     axes.set_ylabel(panel.unit, color=GRAY)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from strop.engine.model.attention import HAS_VARLEN, packed_attention
+from strop.engine.model.attention import flash_varlen, packed_attention
 from strop.engine.model.config import ModelConfig
 from strop.engine.model.context import ForwardContext, Packed, Paged
 from strop.engine.model.transformer import Transformer
@@ -26,7 +26,7 @@ def cuda_batch() -> tuple[Tensor, Packed]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["padded fp32", "varlen bf16"])
 def test_packed_attention_and_its_gradients(dtype):
-    if dtype == torch.bfloat16 and not HAS_VARLEN:
+    if dtype == torch.bfloat16 and flash_varlen() is None:
         pytest.skip("torch.nn.attention.varlen with window_size and enable_gqa comes with torch 2.12")
     cu_seqlens, packed = cuda_batch()
     total = sum(LENGTHS) + PADDING
