@@ -135,7 +135,7 @@ def grpo_run(config: "GrpoConfig", gpus: int, device: str) -> PlannedRun:
         training=TrainingPlan(
             sequence_length_tokens=train.microbatch_tokens, global_batch_sequences=microbatches * layout.dp,
             precision=config.precision, weights_dtype_bytes=width, recompute=("layer",) if train.recompute == "full" else (),
-            overlap_tensor=False, overlap_data=False, compiled=False,
+            resident_gradients=True, overlap_tensor=False, overlap_data=False, compiled=False,
         ),
     )  # fmt: skip
 

@@ -45,6 +45,8 @@ class TrainingPlan:
     fsdp: bool = False
     """Weights and gradients are sharded over the data-parallel ranks too (ZeRO-3) instead of the optimizer's states alone
     (ZeRO-1)."""
+    resident_gradients: bool = False
+    """Gradient buffers live as long as the trainer (strop's own do); False: colocated engines get their memory."""
     offload_optimizer: bool = False
     """Optimizer states live in the host's memory and the CPU updates the weights."""
     logits: Literal["fused", "in-place", "materialized", "eager", "retained"] = "fused"
