@@ -5,8 +5,8 @@ Nothing is fitted on them but engine.plan.memory's FRAGMENTATION (on the reserve
 a layer keeps was derived from the sources of Megatron and Transformer Engine and, where these left a choice (placeholders of
 gradients, in-place gradients of logits, v as a view), settled on the first table: it is no held-out test, all others are.
 
-Not here, because the planner has no words for them: selective checkpointing of single operations (torchtitan's Tables 1 and 3),
-LoRA (prime-rl), activations offloaded to the host, hybrid Mamba models (Nemotron).
+Not here, because the planner has no words for them: LoRA (prime-rl), activations offloaded to the host, hybrid Mamba models
+(Nemotron).
 """
 
 from collections.abc import Iterator
@@ -180,7 +180,7 @@ def _megatron() -> Iterator[MemoryRow]:
 
 
 def _torchtitan() -> Iterator[MemoryRow]:
-    """FSDP of fp32 weights, full activation checkpointing, FP8 products, torch.compile, cross entropy uncompiled.
+    """FSDP of fp32 weights, activation checkpointing of single operations (8B) or of all, cross entropy uncompiled in 2024.
 
     With a pipeline there are as many micro-batches as stages (config_manager.py at commit 9dec370).
     """
@@ -188,6 +188,21 @@ def _torchtitan() -> Iterator[MemoryRow]:
     plan = {
         "fsdp": True, "weights_dtype_bytes": 4, "recompute": ("layer",), "logits": "eager", "precision": "fp8-tensorwise",
     }  # fmt: skip
+    selective = {**plan, "recompute": ("every_second_product",), "sequence_length_tokens": 8192, "micro_batch_sequences": 2}
+    for gpus, precision, compiled, published in (
+        (8, "bf16", False, 82.4), (8, "bf16", True, 77.0), (8, "fp8-tensorwise", True, 76.8),
+        (128, "bf16", False, 67.0), (128, "bf16", True, 62.0), (128, "fp8-tensorwise", True, 61.8),
+    ):  # fmt: skip
+        kind = {"precision": precision, "compiled": compiled, "global_batch_sequences": 2 * gpus}
+        run = _run(SHAPES["llama3-8b"], gpus, Layout(), "h100-96gb-500w", **(selective | kind))
+        name = f"Llama3.1-8B {gpus} FSDP {precision}{' compiled' * compiled}"
+        yield MemoryRow(name, run, published, source + f" Table {1 if gpus == 8 else 3}", counted="reserved")
+    for gpus, published in ((32, 47.96), (64, 46.97)):
+        kind = {"logits": "in-place", "global_batch_sequences": 2 * gpus}
+        run = _run(SHAPES["llama3-8b"], gpus, Layout(), "h200", **(selective | kind))
+        note = "its compiled cross entropy keeps the logits in 16 bits"
+        table = "pytorch/torchtitan benchmarks/llama3-8b_h200_202506_trainy-whitefiber.md"
+        yield MemoryRow(f"Llama3.1-8B {gpus} FSDP fp8 H200", run, published, table, note, "reserved")
     for cp, published in ((1, 83.9), (2, 84.2), (4, 84.0), (8, 84.5)):
         batch = {"sequence_length_tokens": 32768 * cp, "global_batch_sequences": 8 // cp}
         run = _run(SHAPES["llama3-8b"], 8, Layout(cp=cp), "h100-96gb-500w", **batch, **plan)

@@ -37,15 +37,16 @@ class SavedTensor:
 
 
 def saved_tensors(run: PlannedRun, layer: int) -> tuple[SavedTensor, ...]:
-    """All tensors of one layer (or MTP module), as if nothing were recomputed."""
+    """All tensors of one layer (or MTP module), as if nothing were recomputed; with every_second_product also the output of
+    the last product, which it keeps although nothing needs it."""
     mlp = _dense_mlp(run) if run.shape.kind(layer) == "dense" else _moe(run)
     attention = _grouped_query_attention(run) if run.shape.mla is None else _latent_attention(run)
     return (*_norms(run, layer), *attention, *mlp)
 
 
-def kept_bytes(run: PlannedRun, layer: int) -> float:
-    """Bytes of one layer and micro-batch that wait for the backward pass."""
-    recomputed = set(run.training.recompute)
+def kept_bytes(run: PlannedRun, layer: int, recompute: bool = True) -> float:
+    """Bytes of one layer and micro-batch that wait for the backward pass; recompute: TrainingPlan.recompute holds for it."""
+    recomputed = set(run.training.recompute) if recompute else set()
     return sum(tensor.bytes for tensor in saved_tensors(run, layer) if not tensor.recomputed_by & recomputed)
 
 
@@ -78,7 +79,7 @@ def stage_kept_bytes(run: PlannedRun, stage: Stage) -> float:
     Where the exchange of experts is hidden behind another micro-batch, that one's forward pass is a layer ahead of what the
     backward pass has freed.
     """
-    layers = [(kept_bytes(run, layer), count) for layer, count in alike_layers(run, stage)]
+    layers = [(kept_bytes(run, alike.example, alike.recomputed), alike.count) for alike in alike_layers(run, stage)]
     ahead = max(kept for kept, _ in layers) if run.training.overlap_expert else 0.0
     last_norm = 2 * _split_tokens(run) * run.shape.hidden_size * _element_bytes(run) if stage.has_head else 0.0
     return sum(kept * count for kept, count in layers) * in_flight(run, stage.index) + ahead + last_norm
@@ -91,12 +92,10 @@ def layer_working_bytes(run: PlannedRun, stage: Stage) -> float:
     parallelism gathers it; with experts also the dispatched tokens' gradient beside its send buffer. A gradient as wide as a
     saved tensor that its making sets free isn't counted (SwiGLU's output).
     """
-    recomputed = set(run.training.recompute)
     worst = 0.0
-    for layer, _ in alike_layers(run, stage):
-        tensors = saved_tensors(run, layer)
-        again = sum(tensor.bytes for tensor in tensors if tensor.recomputed_by & recomputed)
-        worst = max(worst, again + _gradient_bytes(run, layer))
+    for alike in alike_layers(run, stage):
+        again = kept_bytes(run, alike.example, recompute=False) - kept_bytes(run, alike.example, alike.recomputed)
+        worst = max(worst, again + _gradient_bytes(run, alike.example))
     return worst
 
 
@@ -147,6 +146,11 @@ def _split_tokens(run: PlannedRun) -> float:
 
 
 def _tensor(name: str, size: float, *recomputed_by: RecomputePart) -> SavedTensor:
+    return SavedTensor(name, size, frozenset(("layer", "every_second_product", *recomputed_by)))
+
+
+def _every_second(name: str, size: float, *recomputed_by: RecomputePart) -> SavedTensor:
+    """One that every_second_product keeps: the output of an odd product, or of attention."""
     return SavedTensor(name, size, frozenset(("layer", *recomputed_by)))
 
 
@@ -166,7 +170,11 @@ def _grouped_query_attention(run: PlannedRun) -> Iterator[SavedTensor]:
     heads = shape.num_heads / run.layout.tp
     query = tokens * heads * shape.head_dim * element
     key = tokens * max(shape.num_kv_heads / run.layout.tp, 1) * shape.head_dim * element
-    yield _tensor("v", key) if _is_ulysses(run) else _tensor("qkv projection output", query + 2 * key)
+    if _is_ulysses(run):
+        yield _tensor("v", key)
+    else:
+        yield _every_second("q and v projections' output", query + key)
+        yield _tensor("k projection's output", key)
     yield _tensor("q", query)
     yield _tensor("k", key)
     if shape.qk_norm:
@@ -179,7 +187,7 @@ def _latent_attention(run: PlannedRun) -> Iterator[SavedTensor]:
     shape, mla, tokens, element = run.shape, run.shape.mla, run.microbatch_tokens, _element_bytes(run)
     heads = shape.num_heads / run.layout.tp
     compressed = _split_tokens(run) * (mla.q_rank + mla.kv_rank)
-    yield _tensor("compressed q and kv, shared key", compressed * element + _split_tokens(run) * mla.rope_dim * element)
+    yield _every_second("compressed q and kv, shared key", compressed * element + _split_tokens(run) * mla.rope_dim * element)
     yield _tensor("compressed norms' output", compressed * _product_input_bytes(run), "norms")
     yield _tensor("q", tokens * heads * (mla.nope_dim + mla.rope_dim) * element, "mla_up_projection")
     yield _tensor("k", tokens * heads * (mla.nope_dim + mla.rope_dim) * element, "mla_up_projection")
@@ -190,18 +198,21 @@ def _latent_attention(run: PlannedRun) -> Iterator[SavedTensor]:
 def _attention_output(run: PlannedRun, size: float, heads: float) -> Iterator[SavedTensor]:
     """One tensor for attention and the projection behind it; two where that one reads FP8, or where an all-to-all over heads
     (Ulysses) lies between them."""
-    yield _tensor("attention output", size * 12 / 16 if _keeps_fp8(run) else size)
+    yield _every_second("attention output", size * 12 / 16 if _keeps_fp8(run) else size)
     if run.training.precision.startswith("fp8") and not _keeps_fp8(run):
         yield _tensor("output projection input", size / 2)
     elif _is_ulysses(run):
         yield _tensor("output projection input", size)
-    yield _tensor("log-sum-exp", run.microbatch_tokens * heads * LSE_BYTES, "core_attention")
+    yield _every_second("log-sum-exp", run.microbatch_tokens * heads * LSE_BYTES, "core_attention")
 
 
 def _dense_mlp(run: PlannedRun) -> Iterator[SavedTensor]:
     width = run.microbatch_tokens * run.shape.dense_intermediate_size / run.layout.tp
-    yield _tensor("gate and up", 2 * width * _gate_and_up_bytes(run), "dense_mlp")
+    yield _every_second("gate", width * _gate_and_up_bytes(run), "dense_mlp")
+    yield _tensor("up", width * _gate_and_up_bytes(run), "dense_mlp")
     yield _tensor("SwiGLU output", width * _product_input_bytes(run), "activation", "dense_mlp")
+    if "every_second_product" in run.training.recompute:
+        yield _every_second("down projection's output", _split_tokens(run) * run.shape.hidden_size * _element_bytes(run))
 
 
 def _moe(run: PlannedRun) -> Iterator[SavedTensor]:

@@ -128,10 +128,10 @@ def training_memory(run: PlannedRun) -> tuple[StageMemory, ...]:
 def colocated_rollout_memory(run: PlannedRun) -> tuple[StageMemory, ...]:
     """Every pipeline rank of training while the engines on the same GPUs generate.
 
-    Of training, weights and optimizer states stay, unless RolloutPlan.offload_training moves them to the host; gradients, which
-    every step makes anew, and activations are gone. The KV cache takes what RolloutPlan.memory_fraction of the device leaves
-    beside the weights it generates with: the trainer's own (weight_sync alias) or a copy in the rollout's layout and dtype. It
-    is allocated once and doesn't fragment.
+    Of training, weights and optimizer states stay, unless RolloutPlan.offload_training moves them to the host; activations are
+    gone, and gradients unless TrainingPlan.resident_gradients. The KV cache takes what RolloutPlan.memory_fraction of the
+    device leaves beside the weights it generates with: the trainer's own (weight_sync alias) or a copy in the rollout's layout
+    and dtype. It is allocated once and doesn't fragment.
     """
     alias = run.rollout.weight_sync == "alias"
     memories = []
@@ -140,6 +140,7 @@ def colocated_rollout_memory(run: PlannedRun) -> tuple[StageMemory, ...]:
         away, reference = offloaded and not alias, _reference_bytes(run, states)
         parts = _parts(
             weights=0.0 if away else states.weights,
+            gradients=states.gradients if run.training.resident_gradients else 0.0,
             optimizer=0.0 if offloaded else states.optimizer,
             reference_weights=0.0 if offloaded else reference,
             rollout_weights=0.0 if alias else rollout_weight_bytes(run),
@@ -204,7 +205,7 @@ def _fsdp_bytes(run: PlannedRun, stage: Stage, element: int) -> float:
     if run.layout.pp > 1:
         whole = rank_parameters(run, stage)
         return (whole.dense * dense + whole.experts * experts) * (element + gradient)
-    layers = [layer_rank_parameters(run, layer) for layer, _ in alike_layers(run, stage)]
+    layers = [layer_rank_parameters(run, alike.example) for alike in alike_layers(run, stage)]
     vocabulary = run.shape.vocab_size * run.shape.hidden_size / run.layout.tp * dense
     largest = max(vocabulary, *(layer.dense * dense + layer.experts * experts for layer in layers))
     return GATHERED_UNITS * largest * element + largest * (element + gradient)

@@ -52,12 +52,24 @@ class StateBytes:
         return self.weights + self.gradients + self.optimizer
 
 
-def alike_layers(run: PlannedRun, stage: Stage) -> list[tuple[int, int]]:
-    """(one of them, how many) for each sort of layer that a pipeline rank holds: dense, with experts, MTP module."""
-    sorts: dict[tuple[str, bool], list[int]] = {}
-    for layer in stage.layers:
-        sorts.setdefault((run.shape.kind(layer), layer >= run.shape.num_layers), []).append(layer)
-    return [(layers[0], len(layers)) for layers in sorts.values()]
+@dataclass(frozen=True)
+class AlikeLayers:
+    """Layers of one pipeline rank that differ in nothing that costs memory."""
+
+    example: int
+    """One of them."""
+    count: int
+    recomputed: bool
+    """TrainingPlan.recompute holds for them (TrainingPlan.recompute_layers)."""
+
+
+def alike_layers(run: PlannedRun, stage: Stage) -> list[AlikeLayers]:
+    """What a pipeline rank holds, by sort: dense, with experts, MTP module; recomputed or not."""
+    first = run.training.recompute_layers or len(stage.layers)
+    sorts: dict[tuple[str, bool, bool], list[int]] = {}
+    for place, layer in enumerate(stage.layers):
+        sorts.setdefault((run.shape.kind(layer), layer >= run.shape.num_layers, place < first), []).append(layer)
+    return [AlikeLayers(layers[0], len(layers), recomputed) for (_, _, recomputed), layers in sorts.items()]
 
 
 def layer_rank_parameters(run: PlannedRun, layer: int) -> RankParameters:
@@ -97,8 +109,8 @@ def rank_parameters(run: PlannedRun, stage: Stage) -> RankParameters:
     matrices = stage.has_embedding + (stage.has_head and not (shape.tie_embeddings and stage.has_embedding))
     rest = matrices * vocabulary_matrix + (shape.hidden_size if stage.has_head else 0)
     total = RankParameters(0.0, 0.0, rest)
-    for layer, count in alike_layers(run, stage):
-        total = total.plus(layer_rank_parameters(run, layer), count)
+    for layers in alike_layers(run, stage):
+        total = total.plus(layer_rank_parameters(run, layers.example), layers.count)
     return total
 
 
@@ -147,7 +159,7 @@ def rank_state_bytes(run: PlannedRun, stage: Stage) -> StateBytes:
     dense, expert = state_bytes_per_parameter(run)
     copies = fp8_copy_bytes(run) * (parameters.matrices + parameters.experts)
     if run.training.weights_dtype_bytes == 1:  # of what stays in 16 bits
-        copies += parameters.rest
+        copies += parameters.rest * dense.weights
     return StateBytes(
         weights=dense.weights * parameters.dense + expert.weights * parameters.experts + copies,
         gradients=dense.gradients * parameters.dense + expert.gradients * parameters.experts,
@@ -165,8 +177,8 @@ def gradient_placeholder_bytes(run: PlannedRun, stage: Stage) -> float:
         return 0.0
     shape, layout = run.shape, run.layout
     sizes = set()
-    for layer, _ in alike_layers(run, stage):
-        if shape.kind(layer) == "dense":
+    for layers in alike_layers(run, stage):
+        if shape.kind(layers.example) == "dense":
             width = shape.dense_intermediate_size / layout.tp
         else:
             width = shape.moe.expert_intermediate_size / layout.etp

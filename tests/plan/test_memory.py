@@ -69,7 +69,7 @@ def test_published_peak(row):
 def test_published_peaks_together():
     rows = memory_rows()
     errors = sorted(abs(row.error) for row in rows)
-    assert len(rows) >= 60 and errors[len(rows) // 2] < 0.03 and errors[-1] < 0.25
+    assert len(rows) >= 70 and errors[len(rows) // 2] < 0.03 and errors[-1] < 0.25
     assert sum(bool(row.miss) for row in rows) <= 6
 
 
@@ -199,6 +199,19 @@ def test_parts_name_their_tensors_and_recompute_drops_them():
     assert kept_bytes(experts, 0) == kept_bytes(run, 0) and kept_bytes(dense_mlp, 5) == kept_bytes(run, 5)
     busy = replace(run, training=replace(run.training, expert_imbalance=1.5))
     assert {t.name: t.bytes for t in saved_tensors(busy, 5)}["dispatched tokens"] == 1.5 * moe["dispatched tokens"]
+
+
+def test_recomputing_some_layers_or_every_second_product():
+    kept = {}
+    for recompute, layers in (((), 0), (("layer",), 0), (("layer",), 5), (("every_second_product",), 0)):
+        run = planned(LLAMA_8B, 8, recompute=recompute, recompute_layers=layers)
+        kept[recompute, layers] = stage_kept_bytes(run, run.stages()[0])
+    nothing, everything = kept[(), 0], kept[("layer",), 0]
+    assert kept[("layer",), 5] == pytest.approx(nothing - (nothing - everything) * 5 / 32)
+    hidden, key_value, width = LLAMA_8B.hidden_size, 8 * 128, LLAMA_8B.dense_intermediate_size
+    # layer input, q, v, attention's output and log-sum-exp, gate, the down projection's output; and the last norm
+    element = 2 * (hidden + hidden + key_value + hidden + width + hidden) + 4 * LLAMA_8B.num_heads
+    assert kept[("every_second_product",), 0] == 4096 * (32 * element + 2 * 2 * hidden)
 
 
 def test_fp8_copies_and_saved_inputs():
