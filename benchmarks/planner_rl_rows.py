@@ -203,21 +203,23 @@ def _qwen_32b() -> list[RlRow]:
 
 def _r1() -> RlRow:
     """R1-Zero's reinforcement learning: 10,400 steps of 512 outputs, 16 steps a rollout, in about 198 hours on 64 x 8 H800."""
-    layout = Layout(cp=4, pp=4, ep=64)
+    layout = Layout(cp=8, pp=16, ep=32)
     training = TrainingPlan(
         sequence_length_tokens=33280, precision="fp8-blockwise", moment_dtype_bytes=2, dispatch_dtype_bytes=1,
-        recompute=("norms", "activation", "mla_up_projection"),
+        recompute=("layer",),
     )  # fmt: skip
     rollout = RolloutPlan(
         prompts_per_step=512, group_size=16, prompt_tokens=200, mean_response_tokens=6500, max_response_tokens=32768, ep=32,
         weights_dtype_bytes=1, speculative_tokens=1.8, offload_training=True, optimizer_steps=16, old_logprobs=False,
     )  # fmt: skip
-    run = planned(replace(SHAPES["deepseek-v3"], num_mtp_layers=0), 512, layout, training, rollout, "h800", (15, 15, 15, 16))
+    stages = (3, *(4,) * 14, 2)
+    run = planned(replace(SHAPES["deepseek-v3"], num_mtp_layers=0), 512, layout, training, rollout, "h800", stages)
     return RlRow(
         "deepseek R1-Zero", "512 H800", run, 198 * 3600 / 650,
         "arXiv 2501.12948v2: 10,400 steps, 512 outputs a step, 8,192 a rollout, about 198 h",
-        "mean length 6,500 over the run (figure 1b: from below 1,000 to about 10,000 at step 8,200, then more), limit 32,768; "
-        "mapping unpublished: pp4 cp4 ep64 FP8, generation ep32 FP8 with 1 drafted token, 80% accepted",
+        "mean length 6,500 over the run (read off the paper's plot: from below 1,000 to about 10,000 at step 8,000), limit 32,768; "
+        "mapping unpublished: pp16 ep32 (verl's for 512 GPUs) and cp8 for the limit, FP8; generation ep32, FP8, 1 drafted "
+        "token, 80% accepted",
         False,
     )  # fmt: skip
 
@@ -241,13 +243,14 @@ def _verl_deepseek() -> RlRow:
 
 def _verl_7b() -> list[RlRow]:
     note = (
-        "mean length 2,000 in all (unpublished, and not the same in these runs; limit 28,672), prompts of 150; FSDP, Ulysses "
+        "mean length 2,000 in all rows, which is what the first one's update_actor takes (unpublished; by update_actor the runs' "
+        "lengths differ by up to 2x), limit 28,672, prompts of 150; FSDP, Ulysses "
         "of 4, gradient checkpointing"
     )
 
     def row(gpus: int, step: float, phases: dict[str, float], rollout_gpus: int = 0) -> RlRow:
         training = TrainingPlan(
-            sequence_length_tokens=4 * 61440, fsdp=True, recompute=("layer",), logits="materialized", compiled=False
+            sequence_length_tokens=4 * 61440, fsdp=True, recompute=("layer",), logits="in-place", compiled=False
         )
         rollout = RolloutPlan(
             prompts_per_step=512, group_size=16, prompt_tokens=150, mean_response_tokens=2000, max_response_tokens=28672, tp=4,
