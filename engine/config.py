@@ -24,7 +24,7 @@ class InputError(ValueError):
 
 @dataclass(frozen=True)
 class Layout:
-    """How one model is spread over the ranks. Dense ranks form the grid dp x pp x cp x tp, tp fastest.
+    """How one model is spread over the ranks. Dense ranks form the grid pp x dp x cp x tp, tp fastest.
 
     Experts fold over the same ranks: ep * etp * edp = dp * cp * tp.
     """

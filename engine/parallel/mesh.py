@@ -1,7 +1,8 @@
 """The grid of ranks: who this process is, which ranks it talks to along each axis, and on which device.
 
-Dense ranks form the grid dp x pp x cp x tp with tp fastest, one `arange` viewed in four dimensions. A `Mesh` is made once,
-at the top of a launch file, and handed to whoever needs it: nothing else reads the environment or keeps a group in a global.
+Dense ranks form the grid pp x dp x cp x tp with tp fastest, one `arange` viewed in four dimensions: the ranks of a pipeline
+stage are neighbours, so that expert-parallel groups, which fold over them, span as few nodes as they can. A `Mesh` is
+made once, at the top of a launch file, and handed to whoever needs it: nothing else reads the environment or keeps a group in a global.
 """
 
 import os
@@ -19,13 +20,13 @@ RENDEZVOUS_SECONDS = 120.0
 
 AXIS_DIMS: dict[str, tuple[int, ...]] = {
     "world": (0, 1, 2, 3),
-    "dp": (0,),
-    "pp": (1,),
+    "dp": (1,),
+    "pp": (0,),
     "cp": (2,),
     "tp": (3,),
-    "zero": (0, 2),
+    "zero": (1, 2),
 }
-"""Axis -> the dimensions of the dp x pp x cp x tp grid that vary along it."""
+"""Axis -> the dimensions of the pp x dp x cp x tp grid that vary along it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +109,7 @@ class Mesh:
 
 def axis_ranks(layout: Layout, axis: str, rank: int) -> list[int]:
     """Global ranks of the group of `rank` along `axis`, in the order of their coordinate. `layout` must be resolved."""
-    grid = torch.arange(layout.dp * layout.pp * layout.cp * layout.tp).view(layout.dp, layout.pp, layout.cp, layout.tp)
+    grid = torch.arange(layout.pp * layout.dp * layout.cp * layout.tp).view(layout.pp, layout.dp, layout.cp, layout.tp)
     coordinate = (grid == rank).nonzero()[0].tolist()
     return grid[tuple(slice(None) if dim in AXIS_DIMS[axis] else coordinate[dim] for dim in range(4))].flatten().tolist()
 

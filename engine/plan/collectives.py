@@ -19,10 +19,6 @@ from .shape import MoeShape
 
 CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv", "broadcast"]
 Axis = Literal["tp", "cp", "dp", "pp", "ep", "etp", "edp", "zero"]
-RankOrder = Literal["tp-cp-dp-pp", "tp-cp-pp-dp"]
-"""Axes of the rank grid, fastest first. tp-cp-dp-pp: pipeline stages are whole nodes apart, so that the members of a data- or
-expert-parallel group are neighbours (Megatron's order, which the published rows were run with). tp-cp-pp-dp:
-engine.parallel.mesh's grid, in which a group of experts is spread over pp times as many nodes."""
 
 START_SECONDS: dict[Architecture, float] = {"ampere": 9e-6, "hopper": 5e-6, "h20": 5e-6, "blackwell": 9e-6}
 """From a collective's launch until its first byte moves."""
@@ -144,11 +140,12 @@ def _switch_sums(device: DeviceFacts, kind: CollectiveKind, near: int) -> bool:
     return kind == "all_reduce" and device.in_network_reduction and near == device.gpus_per_node
 
 
-def members_per_node(layout: Layout, axis: Axis, gpus_per_node: int, order: RankOrder = "tp-cp-dp-pp") -> int:
+def members_per_node(layout: Layout, axis: Axis, gpus_per_node: int) -> int:
     """How many members of one group of this axis share a node (the fullest node, where they don't divide evenly).
 
-    The experts of one pipeline stage fold over its dp x cp x tp ranks: etp fastest, then ep, then edp. zero: the ranks over
-    which dense optimizer states are sharded, dp x cp.
+    The grid is that of engine.parallel.mesh and of Megatron: pp x dp x cp x tp, tp fastest. The experts of one
+    pipeline stage fold over its dp x cp x tp ranks: etp fastest, then ep, then edp. zero: the ranks over which dense
+    optimizer states are sharded, dp x cp.
     """
     inner = layout.cp * layout.tp
     stage = max(layout.dp, 1) * inner
@@ -157,15 +154,12 @@ def members_per_node(layout: Layout, axis: Axis, gpus_per_node: int, order: Rank
         "cp": (layout.cp, layout.tp),
         "dp": (max(layout.dp, 1), inner),
         "zero": (stage // layout.tp, layout.tp),
-        "pp": (layout.pp, inner if order == "tp-cp-pp-dp" else stage),
+        "pp": (layout.pp, stage),
         "etp": (layout.etp, 1),
         "ep": (layout.ep, layout.etp),
         "edp": (stage // (layout.ep * layout.etp), layout.ep * layout.etp),
     }[axis]
-    members = range(0, size * stride, stride)
-    if order == "tp-cp-pp-dp" and axis != "pp":  # a stage's ranks are not consecutive: inner of every pp * inner
-        members = [index // inner * layout.pp * inner + index % inner for index in members]
-    return max(Counter(rank // gpus_per_node for rank in members).values())
+    return max(Counter(rank // gpus_per_node for rank in range(0, size * stride, stride)).values())
 
 
 def expected_places(moe: MoeShape, places: int) -> float:

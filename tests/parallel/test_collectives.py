@@ -77,9 +77,9 @@ def test_axes_partition_the_grid_with_tp_fastest():
     layout = Layout(tp=2, cp=2, pp=2, dp=2)
     assert axis_ranks(layout, "tp", 5) == [4, 5]
     assert axis_ranks(layout, "cp", 5) == [5, 7]
-    assert axis_ranks(layout, "pp", 5) == [1, 5]
-    assert axis_ranks(layout, "dp", 5) == [5, 13]
-    assert axis_ranks(layout, "zero", 5) == [5, 7, 13, 15]
+    assert axis_ranks(layout, "pp", 5) == [5, 13]
+    assert axis_ranks(layout, "dp", 5) == [1, 5]
+    assert axis_ranks(layout, "zero", 5) == [1, 3, 5, 7]
     for axis in AXIS_DIMS:
         groups = {tuple(axis_ranks(layout, axis, rank)) for rank in range(16)}
         assert sorted(rank for group in groups for rank in group) == list(range(16))

@@ -151,11 +151,11 @@ def test_expected_places_is_the_mean_over_all_choices(places, groups, top_groups
     assert expected_places(moe, places) == pytest.approx(np.mean(visited))
 
 
-def grid_groups(layout: Layout, order: str) -> dict[str, list[list[int]]]:
+def grid_groups(layout: Layout) -> dict[str, list[list[int]]]:
     """The groups of every axis, from an array of ranks: the definition that `members_per_node` computes in closed form."""
     dp, pp, cp, tp, ep, etp = layout.dp, layout.pp, layout.cp, layout.tp, layout.ep, layout.etp
     ranks = np.arange(dp * pp * cp * tp)
-    dense = ranks.reshape(pp, dp, cp, tp) if order == "tp-cp-dp-pp" else ranks.reshape(dp, pp, cp, tp).transpose(1, 0, 2, 3)
+    dense = ranks.reshape(pp, dp, cp, tp)
     experts = dense.reshape(pp, -1, ep, etp)
     last = {"tp": (dense, 3), "cp": (dense, 2), "dp": (dense, 1), "pp": (dense, 0)}
     last |= {"etp": (experts, 3), "ep": (experts, 2), "edp": (experts, 1)}
@@ -164,7 +164,6 @@ def grid_groups(layout: Layout, order: str) -> dict[str, list[list[int]]]:
     return {axis: found.tolist() for axis, found in groups.items()}
 
 
-@pytest.mark.parametrize("order", ["tp-cp-dp-pp", "tp-cp-pp-dp"])
 @pytest.mark.parametrize(
     "layout, gpus",
     [
@@ -177,11 +176,11 @@ def grid_groups(layout: Layout, order: str) -> dict[str, list[list[int]]]:
         (Layout(), 1),
     ],
 )
-def test_members_per_node(layout, gpus, order):
+def test_members_per_node(layout, gpus):
     layout = layout.resolve(gpus)
-    for axis, groups in grid_groups(layout, order).items():
+    for axis, groups in grid_groups(layout).items():
         fullest = max(np.bincount(np.array(group) // 8).max() for group in groups)
-        assert members_per_node(layout, axis, 8, order) == fullest, axis
+        assert members_per_node(layout, axis, 8) == fullest, axis
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES.keys())
