@@ -217,7 +217,7 @@ def _r1() -> RlRow:
     return RlRow(
         "deepseek R1-Zero", "512 H800", run, 198 * 3600 / 650,
         "arXiv 2501.12948v2: 10,400 steps, 512 outputs a step, 8,192 a rollout, about 198 h",
-        "mean length 6,500 over the run (read off the paper's plot: from below 1,000 to about 10,000 at step 8,000), limit 32,768; "
+        "mean length 6,500 over the run (off the paper's plot: from below 1,000 to about 10,000 at step 8,000), limit 32,768; "
         "mapping unpublished: pp16 ep32 (verl's for 512 GPUs) and cp8 for the limit, FP8; generation ep32, FP8, 1 drafted "
         "token, 80% accepted",
         False,
@@ -243,9 +243,8 @@ def _verl_deepseek() -> RlRow:
 
 def _verl_7b() -> list[RlRow]:
     note = (
-        "mean length 2,000 in all rows, which is what the first one's update_actor takes (unpublished; by update_actor the runs' "
-        "lengths differ by up to 2x), limit 28,672, prompts of 150; FSDP, Ulysses "
-        "of 4, gradient checkpointing"
+        "mean length 2,000 in all rows, which fits the first one's update_actor (unpublished; by that time, lengths differ by "
+        "up to 2x between these runs), limit 28,672, prompts of 150; FSDP, Ulysses of 4, gradient checkpointing"
     )
 
     def row(gpus: int, step: float, phases: dict[str, float], rollout_gpus: int = 0) -> RlRow:
