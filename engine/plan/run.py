@@ -1,10 +1,11 @@
 """What a prediction needs to know: `PlannedRun`, a model on a number of GPUs with a layout, a training and a rollout part."""
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Literal
 
-from ..config import InputError, Layout, Placement
+from ..config import InputError, Layout, PipelineSchedule, Placement
 from .shape import ModelShape
 from .validation import problems
 
@@ -226,15 +227,8 @@ class PlannedRun:
         directions). DualPipeV: rank r holds chunks r and 2 pp - 1 - r, so the first rank has embedding and head.
         MTP modules follow the last layer.
         """
-        pp, shape, ranks_of_chunk = self.layout.pp, self.shape, self.ranks_of_chunk()
-        last_chunk, chunks = len(ranks_of_chunk) - 1, self.chunks()
-        stages = []
-        for rank in range(pp):
-            held = [chunk for chunk, ranks in enumerate(ranks_of_chunk) if rank in ranks]
-            layers = tuple(layer for chunk in held for layer in chunks[chunk])
-            has_head = last_chunk in held
-            stages.append(Stage(rank, layers, 0 in held or (has_head and shape.num_mtp_layers > 0), has_head))
-        return tuple(stages)
+        shape, layout = self.shape, self.layout
+        return _stages(shape.num_layers, shape.num_mtp_layers, layout.pp, layout.vpp, layout.schedule, self.stage_layers)
 
     def chunks(self) -> tuple[tuple[int, ...], ...]:
         """Layers of each chunk of consecutive layers, first to last; the last one with the MTP modules.
@@ -243,27 +237,55 @@ class PlannedRun:
         modules counted as layers, these count (Megatron-LM: --account-for-embedding-in-pipeline-split); else the first chunks
         take one more.
         """
-        ranks_of_chunk, shape = self.ranks_of_chunk(), self.shape
-        chunks_per_rank = sum(ranks[0] == 0 for ranks in ranks_of_chunk)
-        embedding, head = ranks_of_chunk[0][0], ranks_of_chunk[-1][0]
-        sizes = [
-            _chunk_sizes(layers, chunks_per_rank, int(rank == embedding), (1 + shape.num_mtp_layers) * (rank == head))
-            for rank, layers in enumerate(self.stage_layers or even_split(shape.num_layers, self.layout.pp))
-        ]
-        ends = list(accumulate((sizes[ranks[0]].pop(0) for ranks in ranks_of_chunk), initial=0))
-        ends[-1] += shape.num_mtp_layers
-        return tuple(tuple(range(start, end)) for start, end in pairwise(ends))
+        shape, layout = self.shape, self.layout
+        return _chunks(shape.num_layers, shape.num_mtp_layers, layout.pp, layout.vpp, layout.schedule, self.stage_layers)
 
     def ranks_of_chunk(self) -> list[tuple[int, ...]]:
         """For each chunk of consecutive layers, first to last, the pipeline ranks that hold it."""
-        pp = self.layout.pp
-        if self.layout.schedule == "interleaved":
-            return [(chunk % pp,) for chunk in range(pp * self.layout.vpp)]
-        if self.layout.schedule == "dualpipev" and pp > 1:
-            return [(rank,) for rank in (*range(pp), *reversed(range(pp)))]
-        if self.layout.schedule == "dualpipe" and pp > 1:
-            return [(rank, pp - 1 - rank) for rank in range(pp)]
-        return [(rank,) for rank in range(pp)]
+        return _ranks_of_chunk(self.layout.pp, self.layout.vpp, self.layout.schedule)
+
+
+def _ranks_of_chunk(pp: int, vpp: int, schedule: PipelineSchedule) -> list[tuple[int, ...]]:
+    if schedule == "interleaved":
+        return [(chunk % pp,) for chunk in range(pp * vpp)]
+    if schedule == "dualpipev" and pp > 1:
+        return [(rank,) for rank in (*range(pp), *reversed(range(pp)))]
+    if schedule == "dualpipe" and pp > 1:
+        return [(rank, pp - 1 - rank) for rank in range(pp)]
+    return [(rank,) for rank in range(pp)]
+
+
+# Kept, since a search asks for the same few divisions of layers for thousands of runs.
+@lru_cache(maxsize=2048)
+def _stages(
+    num_layers: int, num_mtp_layers: int, pp: int, vpp: int, schedule: PipelineSchedule, stage_layers: tuple[int, ...]
+) -> tuple[Stage, ...]:
+    ranks_of_chunk = _ranks_of_chunk(pp, vpp, schedule)
+    last_chunk = len(ranks_of_chunk) - 1
+    chunks = _chunks(num_layers, num_mtp_layers, pp, vpp, schedule, stage_layers)
+    stages = []
+    for rank in range(pp):
+        held = [chunk for chunk, ranks in enumerate(ranks_of_chunk) if rank in ranks]
+        layers = tuple(layer for chunk in held for layer in chunks[chunk])
+        has_head = last_chunk in held
+        stages.append(Stage(rank, layers, 0 in held or (has_head and num_mtp_layers > 0), has_head))
+    return tuple(stages)
+
+
+@lru_cache(maxsize=2048)
+def _chunks(
+    num_layers: int, num_mtp_layers: int, pp: int, vpp: int, schedule: PipelineSchedule, stage_layers: tuple[int, ...]
+) -> tuple[tuple[int, ...], ...]:
+    ranks_of_chunk = _ranks_of_chunk(pp, vpp, schedule)
+    chunks_per_rank = sum(ranks[0] == 0 for ranks in ranks_of_chunk)
+    embedding, head = ranks_of_chunk[0][0], ranks_of_chunk[-1][0]
+    sizes = [
+        _chunk_sizes(layers, chunks_per_rank, int(rank == embedding), (1 + num_mtp_layers) * (rank == head))
+        for rank, layers in enumerate(stage_layers or even_split(num_layers, pp))
+    ]
+    ends = list(accumulate((sizes[ranks[0]].pop(0) for ranks in ranks_of_chunk), initial=0))
+    ends[-1] += num_mtp_layers
+    return tuple(tuple(range(start, end)) for start, end in pairwise(ends))
 
 
 def even_split(count: int, parts: int) -> tuple[int, ...]:
