@@ -118,6 +118,8 @@ def _program(schedule: PipelineSchedule, pp: int, per_rank: int, microbatches: i
             raise InputError(
                 f"schedule {schedule} with pp {pp} needs at least {2 * pp} micro-batches a step, not {microbatches}"
             )
+        if schedule == "dualpipe" and microbatches % 2:
+            raise InputError(f"schedule dualpipe needs an even number of micro-batches a step, not {microbatches}")
         orders = (dualpipe if schedule == "dualpipe" else dualpipev)(pp, microbatches)
     elif schedule == "zero-bubble":
         if paired:
@@ -125,7 +127,7 @@ def _program(schedule: PipelineSchedule, pp: int, per_rank: int, microbatches: i
         orders = zero_bubble(pp, microbatches)
     elif per_rank > 1:
         if microbatches % pp:
-            raise InputError(f"an interleaved schedule with pp {pp} needs a multiple of {pp} micro-batches, not {microbatches}")
+            raise InputError(f"schedule interleaved with pp {pp} needs a multiple of {pp} micro-batches, not {microbatches}")
         orders = interleaved(pp, per_rank, microbatches, paired)
     else:
         orders = one_forward_one_backward(pp, microbatches, paired)

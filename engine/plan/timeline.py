@@ -100,7 +100,7 @@ def interleaved(pp: int, vpp: int, microbatches: int, paired: bool = False) -> l
 
 
 def zero_bubble(pp: int, microbatches: int) -> list[list[Slot]]:
-    """ZB-H1 (arXiv 2401.10241), ZB1P in DeepSeek-V3's tables: 1F1B whose weight gradients wait, rank r's for r micro-batches."""
+    """ZB-H1 (arXiv 2401.10241), ZB1P in DeepSeek-V3's tables: 1F1B whose weight gradients wait, rank r's for r passes."""
     orders = []
     for rank in range(pp):
         warmup = min(microbatches, pp - 1 - rank)

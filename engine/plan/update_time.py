@@ -64,7 +64,8 @@ def _update_steps(work: Work, stage: Stage) -> Iterator[tuple[str, float]]:
     else:
         yield "update", memory_bound_seconds(device, update_bytes)
     if training.precision in QUANTIZE_BYTES:  # the weights, once a step
-        yield "quantise", memory_bound_seconds(device, QUANTIZE_BYTES[training.precision].forward * (held.matrices + held.experts))
+        quantized = held.matrices + held.experts
+        yield "quantise", memory_bound_seconds(device, QUANTIZE_BYTES[training.precision].forward * quantized)
 
 
 def _widest(work: Work) -> Axis:
