@@ -20,15 +20,17 @@ from .run import PlannedRun, RolloutPlan
 from .shape import ModelShape
 
 HOST_STEP_SECONDS = 2.8e-3
-"""Scheduling, input preparation and output handling of a decoding step, while the GPU waits (fitted on RL rows; vLLM)."""
+"""Scheduling, input preparation and output handling of a decoding step, while the GPU waits (vLLM; fitted on the generation
+seconds of NeMo-RL v0.3, benchmarks/planner_rl_rows.py)."""
 HOST_SEQUENCE_SECONDS = 45e-6
-"""The same for each sequence in the batch: sampled token, log-prob, detokenization, stop check."""
+"""The same for each sequence in the batch: sampled token, log-prob, detokenization, stop check (fitted with it)."""
 EAGER_OPERATION_SECONDS = 40e-6
-"""Host time of one operation of a layer where no CUDA graph replays it: Python modules, dispatch, all its launches (fitted)."""
+"""Host time of one operation of a layer where no CUDA graph replays it: Python modules, dispatch, all its launches (fitted on
+verl's Qwen3-30B-A3B row)."""
 NETWORK_REDUCE_SECONDS = 45e-6
 """What an all-reduce over several nodes takes in a decoding step beyond its own latency: ranks of several nodes arrive at
-different times and are not covered by an engine's one-shot kernels (fitted; DeepSeek-R1 on 2 nodes of 8 H100, tp 16, takes 23
-to 31 ms a token at concurrency 1: tenstorrent/tt-inference-server issue #356)."""
+different times and are not covered by an engine's one-shot kernels (fitted on NeMo-RL's Qwen3-235B rows; DeepSeek-R1 on 2
+nodes of 8 H100, tp 16, takes 23 to 31 ms a token at concurrency 1: tenstorrent/tt-inference-server issue #356)."""
 LOGITS_PASSES = 8
 """Times that sampling with log-probs reads or writes fp32 logits: temperature, softmax, log-softmax, ranks, noise, argmax."""
 PREFILL_CHUNK_TOKENS = 8192
@@ -85,7 +87,9 @@ class GenerationEngine:
 
     @property
     def precision(self) -> Precision:
-        return "bf16" if self.plan.weights_dtype_bytes >= 2 else "fp8-blockwise"
+        """Of the layers' products. Weights of less than a byte are multiplied as FP8."""
+        width = self.plan.weights_dtype_bytes
+        return "fp32" if width == 4 else "bf16" if width == 2 else "fp8-blockwise"
 
     @property
     def cache_bytes_per_token(self) -> float:
@@ -118,7 +122,7 @@ class GenerationEngine:
             verify += drafts * (self._layer_seconds(last, part) + self._head_seconds(part))
             kernels += drafts * self._kernels((last,))
         if not plan.cuda_graphs:
-            verify = max(verify, kernels * EAGER_OPERATION_SECONDS)
+            verify = max(verify, kernels / plan.pp * EAGER_OPERATION_SECONDS)
         return verify * plan.pp + HOST_STEP_SECONDS + HOST_SEQUENCE_SECONDS * sequences
 
     def cache_seconds(self, sequences: NDArray[np.floating], context_tokens: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -18,16 +18,19 @@ from .states import rank_state_bytes
 from .training import StepTime, chunk_times, pipeline_hop, train_step
 from .weight_sync import WeightSyncTime, weight_sync_time
 
-SAMPLE_SECONDS = 1.5e-3
-"""Host time of one sample outside generation: collecting, padding, advantages, sending to the trainer's ranks."""
+SAMPLE_SECONDS = 2e-3
+"""Host time of one sample outside generation: collecting, padding, advantages, sending to the trainer's ranks (NeMo-RL PR
+#1052: 4.0 s of a step, for its recipes' 2,048 samples)."""
 SWITCH_SECONDS = 3.0
-"""Colocated: engines sleep, wake and drop their cache; allocators give memory back, twice a step."""
+"""Colocated: engines sleep, wake and drop their cache; allocators give memory back, twice a step. Fitted, with ..."""
 HOST_COPY_FRACTION = 0.25
-"""Achieved of PCIe's bandwidth by copies of optimizer states and weights into pageable host memory, all GPUs of a node."""
+"""... what copies of optimizer states and weights into pageable host memory achieve of PCIe's bandwidth, all GPUs of a node at
+once, on NeMo-RL v0.3's refit seconds (5, 14, 7, 12)."""
 POWER_FRACTION = {"training": 0.9, "rollout": 0.65, "waiting": 0.2}
 """Of the board's limit: training draws nearly all of it, decoding is bound by memory (POLCA, arXiv 2308.12908, section 3), and
 an idle GPU that holds weights keeps its clocks."""
 LEARNING_PARTS = ("old_logprobs", "reference_logprobs", "training")
+"""Of GrpoStep.parts_seconds: what the training GPUs compute."""
 BIN_SAMPLES = 512
 """Lengths that stand for a step's samples when they are packed."""
 
@@ -178,9 +181,7 @@ def whole_run(run: PlannedRun) -> WholeRun:
         grpo = grpo_step(run)
         step, tokens = grpo.step_seconds, grpo.tokens
         generating = grpo.rollout.total_seconds * run.rollout_gpus
-        learning = (
-            sum(grpo.parts_seconds[name] for name in ("old_logprobs", "reference_logprobs", "training")) * run.training_gpus
-        )
+        learning = sum(grpo.parts_seconds[name] for name in LEARNING_PARTS) * run.training_gpus
         waiting = step * run.gpus - generating - learning
         watt_seconds = sum(
             seconds * POWER_FRACTION[name]
