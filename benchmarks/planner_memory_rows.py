@@ -52,6 +52,8 @@ class MemoryRow:
     """Why the prediction is more than 10% off; empty where it isn't."""
     rank: int | None = None
     """Of the pipeline; None: whichever holds most."""
+    fitted: bool = False
+    """The planner's list of tensors, or a constant, was settled on it."""
 
     @property
     def predicted_gib(self) -> float:
@@ -102,7 +104,7 @@ def _simumax() -> Iterator[MemoryRow]:
             shape, 8, layout, "b200", sequence_length_tokens=tokens, global_batch_sequences=sequences, logits="in-place"
         )  # fmt: skip
         degrees = " ".join(f"{axis}{getattr(layout, axis)}" for axis in ("tp", "cp", "pp", "ep") if getattr(layout, axis) > 1)
-        yield MemoryRow(f"{model.name} {layers} layers {tokens} {degrees}", run, published, source, note)
+        yield MemoryRow(f"{model.name} {layers} layers {tokens} {degrees}", run, published, source, note, fitted=True)
 
 
 def _megatron_bridge() -> Iterator[MemoryRow]:

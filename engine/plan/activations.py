@@ -2,8 +2,9 @@
 
 The list is that of a Megatron / Transformer Engine layer with flash attention, which the engine's own layers follow: every
 product keeps its input (in FP8 where it multiplies FP8), a norm its input and its output, attention q, k, v, its output and the
-log-sum-exp, SwiGLU the output of the product before it. Checked against Korthikanti et al. (arXiv 2205.05198), whose
-34 bytes a token and hidden element it becomes for a GPT layer, and against measured peaks (benchmarks/planner_memory_rows.py).
+log-sum-exp, SwiGLU the output of the product before it. Of a GPT layer's 34 bytes a token and hidden element (Korthikanti et
+al., arXiv 2205.05198) two are dropout masks, which are gone, and four come for q and k, kept rotated beside the projection's
+output. Checked against measured peaks: benchmarks/planner_memory_rows.py.
 """
 
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ class SavedTensor:
     """A tensor that one layer keeps of one micro-batch on one rank until its backward pass has used it."""
 
     name: str
-    bytes: float
+    size_bytes: float
     recomputed_by: frozenset[RecomputePart]
     """It isn't kept if any of these parts is recomputed."""
 
@@ -47,7 +48,7 @@ def saved_tensors(run: PlannedRun, layer: int) -> tuple[SavedTensor, ...]:
 def kept_bytes(run: PlannedRun, layer: int, recompute: bool = True) -> float:
     """Bytes of one layer and micro-batch that wait for the backward pass; recompute: TrainingPlan.recompute holds for it."""
     recomputed = set(run.training.recompute) if recompute else set()
-    return sum(tensor.bytes for tensor in saved_tensors(run, layer) if not tensor.recomputed_by & recomputed)
+    return sum(tensor.size_bytes for tensor in saved_tensors(run, layer) if not tensor.recomputed_by & recomputed)
 
 
 def in_flight(run: PlannedRun, rank: int) -> float:
@@ -77,10 +78,11 @@ def stage_kept_bytes(run: PlannedRun, stage: Stage) -> float:
     """Of all layers and micro-batches in flight on a pipeline rank, and the last norm's input and output.
 
     Where the exchange of experts is hidden behind another micro-batch, that one's forward pass is a layer ahead of what the
-    backward pass has freed.
+    backward pass has freed (DualPipe counts it in its pp + 1).
     """
     layers = [(kept_bytes(run, alike.example, alike.recomputed), alike.count) for alike in alike_layers(run, stage)]
-    ahead = max(kept for kept, _ in layers) if run.training.overlap_expert else 0.0
+    is_ahead = run.training.overlap_expert and run.layout.schedule not in ("dualpipe", "dualpipev")
+    ahead = max(kept for kept, _ in layers) if is_ahead else 0.0
     last_norm = 2 * _split_tokens(run) * run.shape.hidden_size * _element_bytes(run) if stage.has_head else 0.0
     return sum(kept * count for kept, count in layers) * in_flight(run, stage.index) + ahead + last_norm
 
@@ -149,7 +151,7 @@ def _tensor(name: str, size: float, *recomputed_by: RecomputePart) -> SavedTenso
     return SavedTensor(name, size, frozenset(("layer", "every_second_product", *recomputed_by)))
 
 
-def _every_second(name: str, size: float, *recomputed_by: RecomputePart) -> SavedTensor:
+def _kept_by_every_second(name: str, size: float, *recomputed_by: RecomputePart) -> SavedTensor:
     """One that every_second_product keeps: the output of an odd product, or of attention."""
     return SavedTensor(name, size, frozenset(("layer", *recomputed_by)))
 
@@ -173,7 +175,7 @@ def _grouped_query_attention(run: PlannedRun) -> Iterator[SavedTensor]:
     if _is_ulysses(run):
         yield _tensor("v", key)
     else:
-        yield _every_second("q and v projections' output", query + key)
+        yield _kept_by_every_second("q and v projections' output", query + key)
         yield _tensor("k projection's output", key)
     yield _tensor("q", query)
     yield _tensor("k", key)
@@ -187,7 +189,9 @@ def _latent_attention(run: PlannedRun) -> Iterator[SavedTensor]:
     shape, mla, tokens, element = run.shape, run.shape.mla, run.microbatch_tokens, _element_bytes(run)
     heads = shape.num_heads / run.layout.tp
     compressed = _split_tokens(run) * (mla.q_rank + mla.kv_rank)
-    yield _every_second("compressed q and kv, shared key", compressed * element + _split_tokens(run) * mla.rope_dim * element)
+    yield _kept_by_every_second(
+        "compressed q and kv, shared key", compressed * element + _split_tokens(run) * mla.rope_dim * element
+    )
     yield _tensor("compressed norms' output", compressed * _product_input_bytes(run), "norms")
     yield _tensor("q", tokens * heads * (mla.nope_dim + mla.rope_dim) * element, "mla_up_projection")
     yield _tensor("k", tokens * heads * (mla.nope_dim + mla.rope_dim) * element, "mla_up_projection")
@@ -198,21 +202,23 @@ def _latent_attention(run: PlannedRun) -> Iterator[SavedTensor]:
 def _attention_output(run: PlannedRun, size: float, heads: float) -> Iterator[SavedTensor]:
     """One tensor for attention and the projection behind it; two where that one reads FP8, or where an all-to-all over heads
     (Ulysses) lies between them."""
-    yield _every_second("attention output", size * 12 / 16 if _keeps_fp8(run) else size)
+    yield _kept_by_every_second("attention output", size * 12 / 16 if _keeps_fp8(run) else size)
     if run.training.precision.startswith("fp8") and not _keeps_fp8(run):
         yield _tensor("output projection input", size / 2)
     elif _is_ulysses(run):
         yield _tensor("output projection input", size)
-    yield _every_second("log-sum-exp", run.microbatch_tokens * heads * LSE_BYTES, "core_attention")
+    yield _kept_by_every_second("log-sum-exp", run.microbatch_tokens * heads * LSE_BYTES, "core_attention")
 
 
 def _dense_mlp(run: PlannedRun) -> Iterator[SavedTensor]:
     width = run.microbatch_tokens * run.shape.dense_intermediate_size / run.layout.tp
-    yield _every_second("gate", width * _gate_and_up_bytes(run), "dense_mlp")
+    yield _kept_by_every_second("gate", width * _gate_and_up_bytes(run), "dense_mlp")
     yield _tensor("up", width * _gate_and_up_bytes(run), "dense_mlp")
     yield _tensor("SwiGLU output", width * _product_input_bytes(run), "activation", "dense_mlp")
     if "every_second_product" in run.training.recompute:
-        yield _every_second("down projection's output", _split_tokens(run) * run.shape.hidden_size * _element_bytes(run))
+        yield _kept_by_every_second(
+            "down projection's output", _split_tokens(run) * run.shape.hidden_size * _element_bytes(run)
+        )
 
 
 def _moe(run: PlannedRun) -> Iterator[SavedTensor]:

@@ -163,7 +163,8 @@ def rollout_weight_bytes(run: PlannedRun) -> float:
 
 
 def rollout_kv_cache_bytes(run: PlannedRun) -> float:
-    """What one generating GPU has for its KV cache; 0 where the weights leave nothing of memory_fraction."""
+    """What one generating GPU has for its KV cache; 0 where the weights leave nothing of memory_fraction. What the engine
+    computes with is left out: a few GB at most, that a real engine takes off this."""
     if run.rollout.weight_sync == "alias" and run.placement == "colocated":
         weights = max(rank_state_bytes(run, stage).weights for stage in run.stages())
     else:

@@ -188,7 +188,7 @@ def test_in_flight_micro_batches():
 
 def test_parts_name_their_tensors_and_recompute_drops_them():
     run = planned(DEEPSEEK, 256, pp=16, ep=16)
-    moe = {tensor.name: tensor.bytes for tensor in saved_tensors(run, 5)}
+    moe = {tensor.name: tensor.size_bytes for tensor in saved_tensors(run, 5)}
     assert moe["dispatched tokens"] == 4096 * 8 * 7168 * 2
     assert moe["compressed q and kv, shared key"] == 4096 * (1536 + 512 + 64) * 2
     assert moe["experts' gate and up"] == 2 * moe["experts' SwiGLU output"] == 4096 * 8 * 2 * 2048 * 2
@@ -198,7 +198,7 @@ def test_parts_name_their_tensors_and_recompute_drops_them():
     dense_mlp = replace(run, training=replace(run.training, recompute=("dense_mlp",)))
     assert kept_bytes(experts, 0) == kept_bytes(run, 0) and kept_bytes(dense_mlp, 5) == kept_bytes(run, 5)
     busy = replace(run, training=replace(run.training, expert_imbalance=1.5))
-    assert {t.name: t.bytes for t in saved_tensors(busy, 5)}["dispatched tokens"] == 1.5 * moe["dispatched tokens"]
+    assert {t.name: t.size_bytes for t in saved_tensors(busy, 5)}["dispatched tokens"] == 1.5 * moe["dispatched tokens"]
 
 
 def test_recomputing_some_layers_or_every_second_product():
