@@ -7,18 +7,17 @@ from ..config import InputError
 from .candidates import RECOMPUTE_CHOICES, SearchSpace, divisors, recompute_choices
 from .devices import device_named
 from .grpo import GrpoStep, grpo_step, optimizer_step_run
-from .memory import StageMemory, memory_per_rank, rollout_kv_cache_bytes, rollout_weight_bytes, worst_stage
+from .memory import GIB, StageMemory, memory_per_rank, rollout_kv_cache_bytes, rollout_weight_bytes, worst_stage
 from .problem import Problem
 from .run import PlannedRun
 from .training import StepTime, train_step
 from .validation import problems
 
-GB = 1e9
 NEAREST = 4
 """Changes that are named, fastest first."""
 MOST_CHANGES = 4
 """Of settings at once, where one alone isn't enough."""
-SMALLEST_PART_BYTES = 0.05 * GB
+SMALLEST_PART_BYTES = 0.05 * GIB
 """What a message mentions."""
 Change = tuple[str, PlannedRun]
 """A flag with its value, and the run with it."""
@@ -47,11 +46,11 @@ def works(run: PlannedRun, budget_bytes: float) -> bool:
 
 
 def memory_problem(run: PlannedRun, budget_bytes: float) -> Problem:
-    """What doesn't fit, in GB by part."""
+    """What doesn't fit, in GiB by part."""
     if run.rollout is not None and rollout_kv_cache_bytes(run) <= 0:
         share_bytes = run.rollout.memory_fraction * device_named(run.device).hbm_bytes
         reason = (
-            f"weights of {rollout_weight_bytes(run) / GB:.1f} GB a GPU leave nothing of the {share_bytes / GB:.1f} GB "
+            f"weights of {rollout_weight_bytes(run) / GIB:.1f} GiB a GPU leave nothing of the {share_bytes / GIB:.1f} GiB "
             "that rollout.memory_fraction gives for a KV cache"
         )
         return Problem("rollout.tp", run.rollout.tp, reason)
@@ -61,11 +60,11 @@ def memory_problem(run: PlannedRun, budget_bytes: float) -> Problem:
 def needs(worst: StageMemory, budget_bytes: float) -> str:
     """The memory of a rank that needs too much, largest part first."""
     parts = sorted(worst.parts_bytes.items(), key=lambda part: -part[1])
-    named = ", ".join(f"{name.replace('_', ' ')} {size / GB:.1f}" for name, size in parts if size >= SMALLEST_PART_BYTES)
+    named = ", ".join(f"{name.replace('_', ' ')} {size / GIB:.1f}" for name, size in parts if size >= SMALLEST_PART_BYTES)
     while_generating = " while generating" if worst.phase == "rollout" else ""
     return (
-        f"stage {worst.stage.index} needs {worst.total_bytes / GB:.1f} GB of {budget_bytes / GB:.1f} GB{while_generating} "
-        f"(GB: {named})"
+        f"stage {worst.stage.index} needs {worst.total_bytes / GIB:.1f} GiB of {budget_bytes / GIB:.1f} GiB{while_generating} "
+        f"(GiB: {named})"
     )
 
 
@@ -88,7 +87,7 @@ def nearest_that_fit(run: PlannedRun, budget_bytes: float) -> Iterator[str]:
         setting = flag.split(" ")[0]
         if setting not in best or seconds < best[setting][0]:
             need = worst_stage(memory_per_rank(changed)).total_bytes
-            best[setting] = seconds, f"{flag} ({need / GB:.1f} GB, {seconds:.3g} s a step)"
+            best[setting] = seconds, f"{flag} ({need / GIB:.1f} GiB, {seconds:.3g} s a step)"
     if best:
         yield from (text for _, text in sorted(best.values())[:NEAREST])
         return
@@ -101,7 +100,7 @@ def nearest_that_fit(run: PlannedRun, budget_bytes: float) -> Iterator[str]:
         need, flag, run = min(options, key=lambda option: option[:2])
         flags.append(flag)
         if works(run, budget_bytes):
-            yield f"{' '.join(flags)} ({need / GB:.1f} GB)"
+            yield f"{' '.join(flags)} ({need / GIB:.1f} GiB)"
             return
 
 
@@ -137,7 +136,8 @@ def _changes(run: PlannedRun) -> Iterator[Change]:
                 changed = replace(changed, layout=replace(changed.layout, sp=degree > 1))
             if name == "pp" and degree == 1:
                 changed = replace(changed, layout=replace(changed.layout, vpp=1, schedule="1f1b"))
-            yield f"--layout.{name} {degree}", changed
+            sequence_parallel = " --layout.sp" if changed.layout.sp > layout.sp else ""
+            yield f"--layout.{name} {degree}{sequence_parallel}", changed
     for micro in divisors(training.micro_batch_sequences, training.micro_batch_sequences - 1):
         yield _training_change(run, "micro_batch_sequences", micro)
     for recompute in recompute_choices(shape, SearchSpace(recompute=RECOMPUTE_CHOICES)):
@@ -153,7 +153,7 @@ def _changes(run: PlannedRun) -> Iterator[Change]:
 def _training_change(run: PlannedRun, name: str, value: object) -> Change:
     shown = " ".join(value) if isinstance(value, tuple) else str(value)
     flag = "--training." + name.replace("_", "-")
-    return f"{flag} {shown}".rstrip(), replace(run, training=replace(run.training, **{name: value}))
+    return flag if value is True else f"{flag} {shown}".rstrip(), replace(run, training=replace(run.training, **{name: value}))
 
 
 def _rollout_changes(run: PlannedRun) -> Iterator[Change]:
@@ -166,4 +166,4 @@ def _rollout_changes(run: PlannedRun) -> Iterator[Change]:
     for name, value in ((name, value) for name, options in values.items() for value in options):
         if value != getattr(rollout, name):
             flag = "--rollout." + name.replace("_", "-")
-            yield f"{flag} {value}", replace(run, rollout=replace(rollout, **{name: value}))
+            yield flag if value is True else f"{flag} {value}", replace(run, rollout=replace(rollout, **{name: value}))
