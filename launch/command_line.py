@@ -35,23 +35,23 @@ def parse(
     """(preset's name, its config with the flags applied). Presets: name -> (what it is for, config).
 
     plan: adds the flag --plan DEVICE, which calls this on the first rank with (config, number of ranks, DEVICE) and ends the
-    process with the exit code that it returns. or_path: the paths that `presets` takes besides its names, for people.
+    process with the exit code that it returns. or_path: which paths the caller has put among the presets, for people.
     Ends the process with exit code 2 and tyro's message, once, for an unknown flag or a value that a config refuses;
     raises InputError for an unknown preset.
     """
     ranks = Torchrun.from_environment()
     first_rank = ranks.rank == 0
     name, *flags = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    first = f"PRESET, or {or_path}" if or_path else "PRESET"
+    others = f" {or_path} will do too." if or_path else ""
     if name in ("-h", "--help"):
         if first_rank:
             width = max(10, *map(len, presets))
             listing = "".join(f"\n  {preset:<{width}} {what}" for preset, (what, _) in presets.items())
-            print(f"{description}\n\nusage: {sys.argv[0]} {first} [flags]\n\nPRESET --help lists the flags. Presets:{listing}")
+            usage = f"usage: {sys.argv[0]} PRESET [flags]\n\nPRESET --help lists the flags.{others} Presets:"
+            print(f"{description}\n\n{usage}{listing}")
         raise SystemExit(0)
     if name not in presets:
-        names = ", ".join(presets) + (f", or {or_path}" if or_path else "")
-        raise InputError(f"{name!r} is no preset: begin with one of {names}")
+        raise InputError(f"{name!r} is no preset: begin with one of {', '.join(presets)}.{others}".removesuffix("."))
     what, preset = presets[name]
     kind, default = (type(preset), preset) if plan is None else (_PlanOrConfig[type(preset)], _PlanOrConfig(preset))
     parsed = tyro.cli(

@@ -20,21 +20,23 @@ from typing import Any
 
 from strop.engine.config import InputError
 from strop.engine.plan.drawing import draw_prediction
+from strop.engine.plan.facts import total_parameters
 from strop.engine.plan.memory import GIB
 from strop.engine.plan.models import SHAPES
 from strop.engine.plan.report import Prediction
 from strop.engine.plan.run import PlannedRun
 from strop.engine.plan.search import search
 from strop.engine.run.failure import FailureReport
-from strop.launch.plan_table import make_console, show, show_search
+from strop.launch.plan_table import make_console, short, show, show_search
 from strop.launch.planned import PROBLEMS_EXIT_CODE, PlanConfig, shape_of_model, show_plan
 
-PATHS = "a config.json, or the Hugging Face folder with it"
+PATHS = "A config.json or the Hugging Face folder with it"
 
 
 def main() -> None:
     with FailureReport():
-        models = {name: ("dimensions as published", PlanConfig()) for name in (*SHAPES, "tiny")}
+        models = {name: (f"{short(total_parameters(shape))} parameters", PlanConfig()) for name, shape in SHAPES.items()}
+        models |= {"tiny": ("the GRPO preset's model", PlanConfig())}
         models |= {path: ("the model of this path", PlanConfig()) for path in sys.argv[1:2] if Path(path).exists()}
         name, config = parse(models, "Plan a run on a cluster. No GPU is needed.", or_path=PATHS)
         run = config.run(shape_of_model(name))

@@ -1,6 +1,7 @@
 """Planning as a user asks for it: launch/plan.py, and --plan on the other launch files. Numbers are tested in tests/plan."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,16 @@ def test_what_is_planned_before_the_folder_exists_is_what_lies_in_it(name: str) 
     assert name in GRPO_PRESETS
     read = shape_at(Path(resolve_model(name)))
     assert vars(shape_of_model(name)) == vars(read) | {"name": name}
+
+
+def test_readme_example_is_what_the_command_prints(launcher) -> None:
+    """Facts, layout and problems to the letter; predicted seconds and bytes to within 5%, as their constants may be refitted."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    command, printed = re.search(r"^```\n\$ python launch/plan\.py (.*?)\n(.*?)^```$", readme, re.M | re.S).groups()
+    output = launcher.run("plan.py", *command.split(), code=1, COLUMNS="100")
+    lines, expected = output.rstrip().splitlines(), printed.rstrip().splitlines()
+    facts = expected.index(next(line for line in expected if line.startswith("Memory of a rank")))
+    assert [line.rstrip() for line in lines[:facts]] == expected[:facts]
+    for name, pattern in {"seconds": r"Optimizer step: ([\d.]+) s", "GiB": r"stage 0 needs ([\d.]+) GiB"}.items():
+        now, then = (float(re.search(pattern, text)[1]) for text in (output, printed))
+        assert now == pytest.approx(then, rel=0.05), f"{name} moved: paste the command's output into README.md again"
