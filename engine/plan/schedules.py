@@ -107,7 +107,7 @@ def _settled_microbatches(pp: int, microbatches: int) -> int:
     return min(microbatches, 3 * pp + (microbatches % pp))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _program(schedule: PipelineSchedule, pp: int, per_rank: int, microbatches: int, paired: bool):
     """The slots of all ranks in an order in which each comes after what it needs.
 
@@ -163,7 +163,6 @@ def _compile(orders: Sequence[Sequence[Slot]]):
     return program, tuple(keys)
 
 
-@lru_cache(maxsize=4096)
 def _run(
     schedule: PipelineSchedule,
     stages: tuple[StageSeconds, ...],

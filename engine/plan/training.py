@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..config import InputError
 from .collectives import Transfer
 from .devices import device_named
 from .facts import train_flops_per_token
@@ -32,7 +31,7 @@ from .layer_time import (
     layer_operations,
     recomputed_share,
 )
-from .run import PlannedRun, Stage
+from .run import PlannedRun, RecomputePart, Stage
 from .schedules import PipelineTime, StageSeconds, pipeline_time
 from .update_time import data_parallel_transfers, optimizer_seconds
 
@@ -108,11 +107,6 @@ def train_step(run: PlannedRun) -> StepTime:
     Raises InputError for an unknown device, a precision it lacks, or a schedule that the micro-batches don't fit;
     `engine.plan.validation` finds every other mistake.
     """
-    if run.microbatches < 1:
-        raise InputError(
-            f"global batch of {run.training.global_batch_sequences} sequences is less than one micro-batch of "
-            f"{run.training.micro_batch_sequences} on each of dp {run.layout.dp} replicas: raise it"
-        )
     work = Work(run, device_named(run.device))
     chunks = chunk_times(work)
     pipeline = pipeline_of(work, chunks)
@@ -193,7 +187,7 @@ def layer_pass(work: Work, layer: int, recompute: bool = True) -> PassTime:
             for one in operations
         )
         exchanges += gathered_weights(work, layer, forward, backward)
-    return _pass(work, operations, exchanges)
+    return _pass(work, operations, exchanges, run.training.recompute)
 
 
 def _head_pass(work: Work) -> PassTime:
@@ -204,8 +198,10 @@ def _head_pass(work: Work) -> PassTime:
     return _pass(work, operations, exchanges)
 
 
-def _pass(work: Work, operations: Sequence[Operation], exchanges: Sequence[Exchange]) -> PassTime:
-    again = [(one, recomputed_share(one, work.run.training.recompute)) for one in operations]
+def _pass(
+    work: Work, operations: Sequence[Operation], exchanges: Sequence[Exchange], recompute: tuple[RecomputePart, ...] = ()
+) -> PassTime:
+    again = [(one, recomputed_share(one, recompute)) for one in operations]
     gap_seconds = 0.0 if work.run.training.cuda_graphs else EAGER_GAP_SECONDS
     seconds = {
         "forward": sum(one.forward_seconds for one in operations),
