@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import Layout, PipelineSchedule
-from .activations import in_flight, kept_bytes
+from .activations import in_flight, kept_bytes, layer_working_bytes
 from .devices import device_named
 from .layer_time import Operation, Work, embedding_operations, head_operations
-from .run import PlannedRun, Stage
+from .memory import FRAGMENTATION, outside_bytes
+from .run import PlannedRun, Stage, TrainingPlan
 from .shape import ModelShape
 from .states import rank_state_bytes, replicas
 from .training import layer_pass
@@ -24,7 +25,7 @@ Array = NDArray[np.float64]
 
 
 class Bounds:
-    """For runs of one model that differ in layout, division of layers and training plan; what they share is computed once."""
+    """For runs of one search, which differ in what SearchSpace varies; what they share is computed once."""
 
     def __init__(self, shape: ModelShape) -> None:
         self._shape = shape
@@ -33,7 +34,7 @@ class Bounds:
         """One layer of each piece."""
         self._seconds: dict[tuple, Array] = {}
         self._states: dict[tuple, Array] = {}
-        self._kept: dict[tuple, Array] = {}
+        self._activations: dict[tuple, Array] = {}
 
     def at_least_seconds(self, run: PlannedRun) -> float:
         """Seconds of an optimizer step of `run`."""
@@ -62,23 +63,26 @@ class Bounds:
         busy = counts @ (pieces[:, 0] + pieces[:, 2])
         return float(run.microbatches * busy.max()) / (2 if layout.schedule == "dualpipe" and layout.pp > 1 else 1)
 
-    def at_least_bytes(self, run: PlannedRun) -> Array:
-        """Bytes of states and kept activations of each pipeline rank: columns weights, gradients, optimizer, activations."""
+    def at_least_bytes(self, run: PlannedRun) -> float:
+        """Device memory of the fullest rank while it trains: states, kept activations, a layer's backward pass, margin."""
         layout = run.layout
         counts, _ = _pipeline(run.shape, layout.pp, layout.schedule, layout.vpp, run.stage_layers)
+        of_layers = counts[:, : len(self._layers)]
         in_flight_microbatches = np.array([in_flight(run, rank) for rank in range(layout.pp)])
-        kept = counts[:, : len(self._layers)] @ self._piece_kept_bytes(run) * in_flight_microbatches
-        return np.column_stack([counts @ self._piece_state_bytes(run), kept])
+        kept, working = self._piece_activation_bytes(run).T
+        held = counts @ self._piece_state_bytes(run) + of_layers @ kept * in_flight_microbatches
+        held += np.where(of_layers > 0, working, 0.0).max(axis=1)
+        return float(held.max()) * (1 + FRAGMENTATION) + outside_bytes(run)
 
     def _piece_seconds(self, run: PlannedRun) -> Array:
         """Of a micro-batch through each piece of the model (layers, embedding, head): forward, backward, and both directions'
         expert exchanges, which other passes may hide."""
         layout, training = run.layout, run.training
-        recompute = training.recompute if training.recompute_layers == 0 else ()
-        plan = replace(training, recompute=recompute, recompute_layers=0, global_batch_sequences=0)
-        key = (run.device, layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.ep, layout.etp, run.edp, plan)
+        key = (layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.ep, layout.etp, run.edp, *_settings(training))
         if key not in self._seconds:
-            work = Work(replace(run, training=plan), device_named(run.device))
+            if training.recompute_layers:  # only some of the layers are computed again
+                run = replace(run, training=replace(training, recompute=(), recompute_layers=0))
+            work = Work(run, device_named(run.device))
             pieces = []
             for layer in self._layers:
                 one = layer_pass(work, layer).stage_seconds()
@@ -91,27 +95,38 @@ class Bounds:
         return self._seconds[key]
 
     def _piece_state_bytes(self, run: PlannedRun) -> Array:
-        """Weights, gradients and optimizer states on the device of each piece."""
-        layout, training = run.layout, run.training
-        plan = replace(training, recompute=(), recompute_layers=0, global_batch_sequences=0, micro_batch_sequences=1)
-        key = (layout.tp, layout.ep, layout.etp, *replicas(run), plan)
+        """Weights, gradients and optimizer states of each piece, and the reference policy's weights."""
+        layout, plan = run.layout, run.rollout
+        reference = plan is not None and plan.reference and not plan.offload_training
+        key = (layout.tp, layout.ep, layout.etp, *replicas(run), reference, *_settings(run.training))
         if key not in self._states:
             layers = [replace(_EMPTY, layers=(layer,)) for layer in self._layers]
             # Of the head's stage only the head: an embedding is weighed once, though MTP has it twice.
             ends = [replace(_EMPTY, has_embedding=True), replace(_EMPTY, has_head=not self._shape.tie_embeddings)]
             found = [rank_state_bytes(run, stage) for stage in layers + ends]
-            self._states[key] = np.array([(one.weights, one.gradients, one.optimizer) for one in found])
+            self._states[key] = np.array([one.on_device + (one.weights if reference else 0.0) for one in found])
         return self._states[key]
 
-    def _piece_kept_bytes(self, run: PlannedRun) -> Array:
-        """What a micro-batch leaves for the backward pass in a layer of each kind; 0 where only some layers recompute."""
-        layout, training = run.layout, run.training
-        plan = replace(training, global_batch_sequences=0, offload_optimizer=False)
-        key = (layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.etp, layout.ep, plan)
-        if key not in self._kept:
-            known = training.recompute_layers == 0
-            self._kept[key] = np.array([kept_bytes(run, layer) if known else 0.0 for layer in self._layers])
-        return self._kept[key]
+    def _piece_activation_bytes(self, run: PlannedRun) -> Array:
+        """Of a layer of each kind: what a micro-batch leaves for the backward pass, and what that pass needs in it."""
+        layout = run.layout
+        key = (layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.etp, layout.ep, *_settings(run.training))
+        if key not in self._activations:
+            stages = [replace(_EMPTY, layers=(layer,)) for layer in self._layers]
+            known = run.training.recompute_layers == 0  # else some of the layers keep less
+            kept = [kept_bytes(run, layer) if known else 0.0 for layer in self._layers]
+            working = [layer_working_bytes(run, stage) if known else 0.0 for stage in stages]
+            self._activations[key] = np.column_stack([kept, working])
+        return self._activations[key]
+
+
+def _settings(training: TrainingPlan) -> tuple:
+    """What of a training plan decides a micro-batch's time and memory and differs between the runs of a search."""
+    return (
+        training.micro_batch_sequences, training.sequence_length_tokens, training.packed_length_tokens, training.recompute,
+        training.recompute_layers, training.fsdp, training.gradient_dtype_bytes, training.moment_dtype_bytes,
+        training.offload_optimizer,
+    )  # fmt: skip
 
 
 _EMPTY = Stage(0, (), False, False)

@@ -100,8 +100,8 @@ def _schedules(shape: ModelShape, space: SearchSpace, pp: int) -> Iterator[tuple
         if schedule != "interleaved":
             yield schedule, 1
             continue
-        most = -(-shape.num_layers // pp)
-        for vpp in space.vpp or [v for v in range(2, most + 1) if most % v == 0 or v in (2, 4, 8)]:
+        fewest, most = shape.num_layers // pp, -(-shape.num_layers // pp)
+        for vpp in space.vpp or [v for v in range(2, fewest + 1) if most % v == 0 or v in (2, 4, 8)]:
             if vpp > 1:
                 yield schedule, vpp
 
@@ -114,7 +114,7 @@ def _divided(run: PlannedRun, space: SearchSpace) -> Iterator[PlannedRun]:
     powers = [2**k for k in range(most.bit_length()) if sequences % 2**k == 0]
     balanced = balanced_stage_layers(run.shape, layout.pp, training.sequence_length_tokens)
     even = even_split(run.shape.num_layers, layout.pp)
-    for stage_layers in ((),) if balanced == even else ((), balanced):
+    for stage_layers in ((),) if balanced == even or min(balanced) < layout.vpp else ((), balanced):
         for micro in space.micro_batch_sequences or powers or (1,):
             yield replace(run, stage_layers=stage_layers, training=replace(training, micro_batch_sequences=micro))
 

@@ -137,12 +137,16 @@ class _Search:
 
     def _search_layouts(self, engines: list[_Engines]) -> None:
         """Best first: of all layouts and settings, always the one that takes least at the least."""
+        if len(self.ranked) == self.wanted and engines[0].seconds >= self.ranked[-1][0]:
+            return
         tick = count()
         queue: list[tuple[float, int, PlannedRun, bool]] = []
         mildest = replace(engines[0].run, training=least_work(self.base.training, self.space))
         for run in layouts(mildest, self.space):
-            run = self._with_batch(run)
-            heapq.heappush(queue, (self._at_least_seconds(run, engines[0].seconds), next(tick), run, False))
+            if run.rollout is not None:
+                run = self._with_batch(run)
+            queue.append((self._at_least_seconds(run, engines[0].seconds), next(tick), run, False))
+        heapq.heapify(queue)
         while queue:
             seconds, _, run, settled = heapq.heappop(queue)
             if len(self.ranked) == self.wanted and seconds >= self.ranked[-1][0]:
@@ -167,7 +171,7 @@ class _Search:
                 settled = replace(run, training=replace(training, recompute=recompute))
                 if any(_does_no_more(other.training, settled.training) for other, _ in fitting):
                     continue
-                need_bytes = float(self.bounds.at_least_bytes(self._step_run(settled)).sum(axis=1).max())
+                need_bytes = self.bounds.at_least_bytes(settled)
                 if need_bytes <= self.budget_bytes:
                     need_bytes = worst_stage(training_memory(settled)).total_bytes
                 if need_bytes <= self.budget_bytes:
