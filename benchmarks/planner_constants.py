@@ -5,16 +5,18 @@ the mean squared logarithm of predicted over published step time of the fitted f
 constants' logarithms; it prints what it finds. The values themselves live beside the formulas that use them.
 """
 
-import importlib
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 from planner_rows import TrainingRow
 
 from strop.engine.plan.training import train_step
 
+PACKAGE = "strop.engine.plan"
 ROUNDS = 6
 STEP = 0.02
 """Of a constant's logarithm, for the finite differences."""
@@ -30,36 +32,46 @@ class FittedConstant:
 
     module: str
     name: str
-    key: str | tuple[str, ...] | None
     meaning: str
+    key: tuple[str, ...] | None = None
+    """Of the dictionary's entry."""
+    at_most: float = math.inf
+    """What nature allows."""
 
     @property
     def label(self) -> str:
-        return (
-            self.name if self.key is None else f"{self.name}[{self.key if isinstance(self.key, str) else ', '.join(self.key)}]"
-        )
+        return self.name if self.key is None else f"{self.name}[{', '.join(self.key)}]"
 
     def get(self) -> float:
         value = getattr(self._module, self.name)
         return value if self.key is None else value[self.key]
 
     def set(self, value: float) -> None:
-        if self.key is None:
-            setattr(self._module, self.name, value)
-        else:
+        """In every module of engine.plan that has the name; results that were remembered with the old value are forgotten."""
+        if self.key is not None:
             getattr(self._module, self.name)[self.key] = value
+        for module in _modules():
+            if self.key is None and hasattr(module, self.name):
+                setattr(module, self.name, value)
+            for remembered in vars(module).values():
+                if hasattr(remembered, "cache_clear"):
+                    remembered.cache_clear()
 
     @property
-    def _module(self):
-        return importlib.import_module(f"strop.engine.plan.{self.module}")
+    def _module(self) -> ModuleType:
+        return sys.modules[f"{PACKAGE}.{self.module}"]
+
+
+def _modules() -> list[ModuleType]:
+    return [module for name, module in sys.modules.items() if name.startswith(f"{PACKAGE}.")]
 
 
 FITTED: tuple[FittedConstant, ...] = (
-    FittedConstant(
-        "efficiency", "SUSTAINED_FRACTION", ("hopper", "bf16"), "tensor-core clock in a training step over a microbenchmark's"
-    ),
-    FittedConstant("efficiency", "SUSTAINED_FRACTION", ("hopper", "fp8-tensorwise"), "the same, FP8 with a scale a tensor"),
-    FittedConstant("efficiency", "SUSTAINED_FRACTION", ("hopper", "fp8-blockwise"), "the same, FP8 with a scale a block"),
+    FittedConstant("efficiency", "SUSTAINED_FRACTION", "tensor-core clock of a training step, bf16", ("hopper", "bf16"), at_most=1.0),
+    FittedConstant("efficiency", "SUSTAINED_FRACTION", "the same, FP8", ("hopper", "fp8-tensorwise"), at_most=1.0),
+    FittedConstant("efficiency", "POWER_EXPONENT", "of the clock under a lower power limit", at_most=1.0),
+    FittedConstant("layer_time", "FUSED_PASSES", "bytes that fused element-wise kernels move over the fewest possible"),
+    FittedConstant("training", "EAGER_GAP_SECONDS", "between two kernels of an eager step"),
 )
 
 
@@ -82,6 +94,7 @@ def fit(rows: Sequence[TrainingRow], constants: Sequence[FittedConstant] = FITTE
         slopes = np.column_stack([(errors_at(logs + STEP * unit) - errors) / STEP for unit in np.eye(len(logs))])
         matrix = np.vstack([slopes, PRIOR_WEIGHT * math.sqrt(len(rows)) * np.eye(len(logs))])
         wanted = np.concatenate([-errors, PRIOR_WEIGHT * math.sqrt(len(rows)) * (start - logs)])
-        logs = logs + np.clip(np.linalg.lstsq(matrix, wanted, rcond=None)[0], -LARGEST_MOVE, LARGEST_MOVE)
+        logs += np.clip(np.linalg.lstsq(matrix, wanted, rcond=None)[0], -LARGEST_MOVE, LARGEST_MOVE)
+        logs = np.minimum(logs, np.log([constant.at_most for constant in constants]))
     errors_at(logs)
     return {constant.label: constant.get() for constant in constants}
