@@ -11,13 +11,13 @@ from .devices import device_named
 from .facts import kv_bytes_per_token, parameters
 from .run import PlannedRun, Stage
 from .states import (
-    StateBytes,
     alike_layers,
     gradient_placeholder_bytes,
     layer_rank_parameters,
     rank_parameters,
     rank_state_bytes,
     replicas,
+    state_bytes_per_parameter,
 )
 
 Phase = Literal["training", "rollout"]
@@ -109,7 +109,7 @@ def training_memory(run: PlannedRun) -> tuple[StageMemory, ...]:
         logits, head = head_working_bytes(run, stage)
         at_head = logits + head > layer
         offloaded = run.rollout is not None and run.rollout.offload_training
-        reference = _reference_bytes(run, states)
+        reference = _reference_bytes(run, stage)
         parts = _parts(
             weights=states.weights,
             gradients=states.gradients + gradient_placeholder_bytes(run, stage),
@@ -137,7 +137,7 @@ def colocated_rollout_memory(run: PlannedRun) -> tuple[StageMemory, ...]:
     memories = []
     for stage in run.stages():
         states, offloaded = rank_state_bytes(run, stage), run.rollout.offload_training
-        away, reference = offloaded and not alias, _reference_bytes(run, states)
+        away, reference = offloaded and not alias, _reference_bytes(run, stage)
         parts = _parts(
             weights=0.0 if away else states.weights,
             gradients=states.gradients if run.training.resident_gradients else 0.0,
@@ -219,8 +219,12 @@ def outside_bytes(run: PlannedRun) -> float:
     return CONTEXT_BYTES + KERNELS_BYTES + (COMMUNICATOR_BYTES * groups if run.gpus > 1 else 0.0)
 
 
-def _reference_bytes(run: PlannedRun, states: StateBytes) -> float:
-    return states.weights if run.rollout is not None and run.rollout.reference else 0.0
+def _reference_bytes(run: PlannedRun, stage: Stage) -> float:
+    """No FP8 copies: one forward pass a step casts as it goes."""
+    if run.rollout is None or not run.rollout.reference:
+        return 0.0
+    held, (dense, expert) = rank_parameters(run, stage), state_bytes_per_parameter(run)
+    return dense.weights * held.dense + expert.weights * held.experts
 
 
 def _parts(**known: float) -> dict[str, float]:

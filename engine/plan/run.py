@@ -42,7 +42,9 @@ class TrainingPlan:
     gradient_dtype_bytes: int = 4
     """4: fp32 main gradients; 2: bf16."""
     moment_dtype_bytes: int = 4
-    """Of each of Adam's two moments; 2: bf16 (DeepSeek-V3). Master weights are fp32."""
+    """Of each of Adam's two moments; 2: bf16 (DeepSeek-V3)."""
+    master_weights: bool = True
+    """The optimizer keeps the weights in fp32 too; False: it updates them as they are (AutoModel: torch.optim.Adam in bf16)."""
     fsdp: bool = False
     """Weights and gradients are sharded over the data-parallel ranks too (ZeRO-3) instead of the optimizer's states alone
     (ZeRO-1)."""

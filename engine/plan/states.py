@@ -128,7 +128,7 @@ def state_bytes_per_parameter(run: PlannedRun) -> tuple[StateBytes, StateBytes]:
     An offloaded optimizer keeps its states and an fp32 copy of its shard's gradients in the host's memory.
     """
     training = run.training
-    master = MASTER_BYTES if training.weights_dtype_bytes < MASTER_BYTES else 0
+    master = MASTER_BYTES if training.master_weights and training.weights_dtype_bytes < MASTER_BYTES else 0
     states = master + 2 * training.moment_dtype_bytes
     found = []
     for shards in replicas(run):

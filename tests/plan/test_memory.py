@@ -115,6 +115,8 @@ def test_adam_on_8_gpus_does_not_fit_qwen_30b():
     assert not fits(run)
     assert fits(planned(QWEN_30B, 8, ep=8, global_batch_sequences=512, recompute=("layer",), offload_optimizer=True))
     assert fits(planned(QWEN_30B, 8, ep=8, global_batch_sequences=512, recompute=("layer",), **BF16_STATES))
+    bf16_alone = {"master_weights": False, "fsdp": True, "micro_batch_sequences": 4, "logits": "materialized", **BF16_STATES}
+    assert fits(planned(QWEN_30B, 8, ep=8, global_batch_sequences=512, recompute=("layer",), **bf16_alone))  # AutoModel's
 
 
 NVIDIA = {"logits": "in-place", "schedule": "interleaved"}
