@@ -22,7 +22,7 @@ def rank_problems(run: "PlannedRun") -> Iterator[Problem]:
     elif layout.dp not in (0, ranks // model_ranks):
         reason = f"{ranks} training GPUs with tp {layout.tp} x cp {layout.cp} x pp {layout.pp} give another number of replicas"
         yield Problem("layout.dp", layout.dp, reason, (ranks // model_ranks,))
-    elif ranks // layout.pp % (layout.ep * layout.etp):
+    elif run.shape.moe is not None and ranks // layout.pp % (layout.ep * layout.etp):
         dense_ranks = ranks // layout.pp
         reason = f"ep x etp = {layout.ep * layout.etp} doesn't divide dp x cp x tp = {dense_ranks}"
         yield Problem("layout.ep", layout.ep, reason, nearest_fitting(layout.ep, dense_ranks, lambda ep: _ep_fits(run, ep)))
@@ -69,9 +69,7 @@ def _kv_reason(run: "PlannedRun", ranks: str) -> str:
 def _ranks_fit(run: "PlannedRun", tp: int = 0, cp: int = 0, pp: int = 0) -> bool:
     """Whether the training GPUs would divide with one degree changed."""
     layout = run.layout
-    pp = pp or layout.pp
-    model_ranks = (tp or layout.tp) * (cp or layout.cp) * pp
-    return run.training_gpus % model_ranks == 0 and run.training_gpus // pp % (layout.ep * layout.etp) == 0
+    return run.training_gpus % ((tp or layout.tp) * (cp or layout.cp) * (pp or layout.pp)) == 0
 
 
 def expert_problems(run: "PlannedRun") -> Iterator[Problem]:
@@ -95,8 +93,8 @@ def expert_problems(run: "PlannedRun") -> Iterator[Problem]:
 
 
 def _ep_fits(run: "PlannedRun", ep: int) -> bool:
-    experts = run.shape.moe.num_experts if run.shape.moe is not None else 1
-    return experts % ep == 0 and run.training_gpus // run.layout.pp % (ep * run.layout.etp) == 0
+    """Whether experts and training GPUs of a model that has experts would divide."""
+    return run.shape.moe.num_experts % ep == 0 and run.training_gpus // run.layout.pp % (ep * run.layout.etp) == 0
 
 
 def context_problems(run: "PlannedRun") -> Iterator[Problem]:
@@ -157,9 +155,12 @@ def _stage_layers_problems(run: "PlannedRun") -> Iterator[Problem]:
 
 
 def _pp_fits(run: "PlannedRun", pp: int) -> bool:
-    schedule = run.layout.schedule
-    chunks_per_rank = 2 if schedule == "dualpipev" and pp > 1 else 1
-    return _ranks_fit(run, pp=pp) and pp * chunks_per_rank <= run.shape.num_layers and (schedule != "dualpipe" or pp % 2 == 0)
+    layout = run.layout
+    expert_ranks = layout.ep * layout.etp if run.shape.moe is not None else 1
+    if not _ranks_fit(run, pp=pp) or run.training_gpus // pp % expert_ranks:
+        return False
+    chunks_per_rank = 2 if layout.schedule == "dualpipev" and pp > 1 else 1
+    return pp * chunks_per_rank <= run.shape.num_layers and (layout.schedule != "dualpipe" or pp % 2 == 0)
 
 
 def _chunks_filled(run: "PlannedRun") -> bool:

@@ -28,12 +28,15 @@ FLOAT_BYTES = (1, 2, 4)
 def problems(run: "PlannedRun") -> list[Problem]:
     """All mistakes of a run, its layout resolved or not; [] if there are none.
 
-    Impossible values (a degree of 0), contradictions and GPUs that don't divide over the degrees come alone: what they make
-    of the rest has no meaning.
+    Impossible values (a degree of 0) and contradictions come alone: what they make of the rest has no meaning. Where the GPUs
+    don't divide over the degrees, what depends on the number of replicas isn't looked at.
     """
-    found = [*_value_problems(run), *_training_problems(run), *_placement_problems(run)] or list(rank_problems(run))
+    found = [*_value_problems(run), *_training_problems(run), *_placement_problems(run)]
     if found:
         return found
+    found = list(rank_problems(run))
+    if found:
+        return [*found, *tensor_problems(run), *expert_problems(run)]
     layout = run.layout
     replicas = run.training_gpus // (layout.tp * layout.cp * layout.pp)
     resolved = replace(run, layout=replace(layout, dp=replicas))

@@ -127,6 +127,12 @@ INTERLEAVED = Layout(pp=8, vpp=4, schedule="interleaved")
     [
         ("llama3-8b", 100, {"layout": Layout(tp=8, pp=4)},
          ["--gpus 100: 100 training GPUs can't hold tp 8 x cp 1 x pp 4 = 32; nearest that fits: 96 or 128"]),
+        ("llama3-8b", 1, {"layout.ep": 2, "layout.etp": 2},
+         ["--layout.ep 2: llama3-8b has no experts; nearest that fits: 1", "--layout.etp 2: llama3-8b has no experts"]),
+        ("qwen3-30b-a3b", 16, {"layout": Layout(tp=3, ep=6)},
+         ["--gpus 16: 16 training GPUs can't hold tp 3 x cp 1 x pp 1 = 3; nearest that fits: 15 or 18",
+          "--layout.tp 3: doesn't divide 32 heads; nearest that fits:", "--layout.tp 3: doesn't divide 151936 tokens",
+          "--layout.tp 3: 4 key/value heads", "--layout.ep 6: doesn't divide 128 experts; nearest that fits: 4 or 8"]),
         ("llama3-8b", 60, {**SPLIT, "layout.tp": 8},
          ["--gpus 60: 44 training GPUs can't hold tp 8 x cp 1 x pp 1 = 8; nearest that fits: 56 or 64"]),
         ("llama3-8b", 64, {"layout": Layout(tp=8, dp=4)},
