@@ -113,6 +113,13 @@ def _program(schedule: PipelineSchedule, pp: int, per_rank: int, microbatches: i
 
     A list of (rank, needed slot or -1, needed slot or -1, duration's index) and the durations' keys: (work, stage[, stage]).
     """
+    return _compile(rank_orders(schedule, pp, per_rank, microbatches, paired))
+
+
+def rank_orders(
+    schedule: PipelineSchedule, pp: int, per_rank: int, microbatches: int, paired: bool = False
+) -> list[list[Slot]]:
+    """What each rank does, in order; `per_rank`: its virtual stages. Raises InputError where the schedule can't."""
     if schedule in ("dualpipe", "dualpipev"):
         if microbatches < 2 * pp:
             raise InputError(
@@ -120,18 +127,16 @@ def _program(schedule: PipelineSchedule, pp: int, per_rank: int, microbatches: i
             )
         if schedule == "dualpipe" and microbatches % 2:
             raise InputError(f"schedule dualpipe needs an even number of micro-batches a step, not {microbatches}")
-        orders = (dualpipe if schedule == "dualpipe" else dualpipev)(pp, microbatches)
-    elif schedule == "zero-bubble":
+        return (dualpipe if schedule == "dualpipe" else dualpipev)(pp, microbatches)
+    if schedule == "zero-bubble":
         if paired:
             raise InputError("overlap_expert doesn't go with schedule zero-bubble: use interleaved or dualpipev")
-        orders = zero_bubble(pp, microbatches)
-    elif per_rank > 1:
+        return zero_bubble(pp, microbatches)
+    if per_rank > 1:
         if microbatches % pp:
             raise InputError(f"schedule interleaved with pp {pp} needs a multiple of {pp} micro-batches, not {microbatches}")
-        orders = interleaved(pp, per_rank, microbatches, paired)
-    else:
-        orders = one_forward_one_backward(pp, microbatches, paired)
-    return _compile(orders)
+        return interleaved(pp, per_rank, microbatches, paired)
+    return one_forward_one_backward(pp, microbatches, paired)
 
 
 def _compile(orders: Sequence[Sequence[Slot]]):
