@@ -6,9 +6,10 @@ schedules        micro-batches through the pipeline
 update_time      gradients, weights and Adam
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from .collectives import Transfer
 from .devices import device_named
@@ -65,13 +66,15 @@ class StepTime:
     """What each pipeline rank is busy with its micro-batches."""
 
 
+PassName = Literal["forward", "backward_input", "backward_weight"]
+
+
 @dataclass(frozen=True)
 class PassTime:
-    """A micro-batch through some operations on one rank, by part."""
+    """A micro-batch through some operations on one rank."""
 
-    seconds: dict[str, float]
-    """forward, backward_input, backward_weight, recompute; launch_forward, launch_backward; exposed_* of each direction
-    (exposed_tensor_forward, ...), expert exchanges as if nothing ran beside them."""
+    seconds: dict[tuple[str, PassName], float]
+    """By part of the step (PARTS) and the pass that it belongs to; expert exchanges as if nothing ran beside them."""
     exchanges: tuple[Exchange, ...]
 
     def __add__(self, other: "PassTime") -> "PassTime":
@@ -79,23 +82,16 @@ class PassTime:
         total.update(other.seconds)
         return PassTime(dict(total), self.exchanges + other.exchanges)
 
-    def direction(self, name: str) -> float:
-        """Launch and exposed seconds of a direction, without expert exchanges."""
-        return sum(
-            seconds
-            for part, seconds in self.seconds.items()
-            if part.endswith(f"_{name}") and not part.startswith("exposed_expert")
-        )
+    def part(self, name: str) -> float:
+        """Of all passes."""
+        return sum(seconds for (part, _), seconds in self.seconds.items() if part == name)
 
     def stage_seconds(self) -> StageSeconds:
-        get = self.seconds.get
-        return StageSeconds(
-            get("forward", 0.0) + self.direction("forward"),
-            get("backward_input", 0.0) + get("recompute", 0.0) + self.direction("backward"),
-            get("backward_weight", 0.0),
-            get("exposed_expert_forward", 0.0),
-            get("exposed_expert_backward", 0.0),
-        )
+        passes = dict.fromkeys(("forward", "backward_input", "backward_weight"), 0.0)
+        exchange = dict(passes)
+        for (part, name), seconds in self.seconds.items():
+            (exchange if part == "exposed_expert" else passes)[name] += seconds
+        return StageSeconds(**passes, forward_exchange=exchange["forward"], backward_exchange=exchange["backward_input"])
 
 
 NOTHING = PassTime({}, ())
@@ -201,20 +197,22 @@ def _head_pass(work: Work) -> PassTime:
 def _pass(
     work: Work, operations: Sequence[Operation], exchanges: Sequence[Exchange], recompute: tuple[RecomputePart, ...] = ()
 ) -> PassTime:
-    again = [(one, recomputed_share(one, recompute)) for one in operations]
-    gap_seconds = 0.0 if work.run.training.cuda_graphs else EAGER_GAP_SECONDS
-    seconds = {
-        "forward": sum(one.forward_seconds for one in operations),
-        "backward_input": sum(one.backward_input_seconds for one in operations),
-        "backward_weight": sum(one.backward_weight_seconds for one in operations),
-        "recompute": sum(share * one.forward_seconds for one, share in again),
-        "launch_forward": gap_seconds * sum(one.forward_kernels for one in operations),
-        "launch_backward": gap_seconds * sum(one.backward_kernels + share * one.forward_kernels for one, share in again),
-    }
+    gap = 0.0 if work.run.training.cuda_graphs else EAGER_GAP_SECONDS
+    seconds: dict[tuple[str, PassName], float] = defaultdict(float)
+    for one in operations:
+        again = recomputed_share(one, recompute)
+        weight_kernels = one.backward_kernels / 2 if one.backward_weight_seconds else 0.0
+        seconds["forward", "forward"] += one.forward_seconds
+        seconds["backward_input", "backward_input"] += one.backward_input_seconds
+        seconds["backward_weight", "backward_weight"] += one.backward_weight_seconds
+        seconds["recompute", "backward_input"] += again * one.forward_seconds
+        seconds["launch", "forward"] += gap * one.forward_kernels
+        seconds["launch", "backward_input"] += gap * (one.backward_kernels - weight_kernels + again * one.forward_kernels)
+        seconds["launch", "backward_weight"] += gap * weight_kernels
     for one in exchanges:
-        part = f"{EXPOSED_PART.get(one.axis, 'exposed_data')}_{one.direction}"
-        seconds[part] = seconds.get(part, 0.0) + one.exposed_seconds
-    return PassTime(seconds, tuple(exchanges))
+        name = "forward" if one.direction == "forward" else "backward_input"
+        seconds[EXPOSED_PART.get(one.axis, "exposed_data"), name] += one.exposed_seconds
+    return PassTime(dict(seconds), tuple(exchanges))
 
 
 def pipeline_of(work: Work, chunks: Sequence[PassTime]) -> PipelineTime:
@@ -242,8 +240,7 @@ def _visits(run: PlannedRun, stage: Stage) -> dict[int, float]:
 def _parts(run: PlannedRun, chunks: Sequence[PassTime], visits: dict[int, float], pipeline: PipelineTime) -> dict[str, float]:
     parts = dict.fromkeys(PARTS, 0.0)
     for chunk, share in visits.items():
-        for name, seconds in chunks[chunk].seconds.items():
-            part = name.removesuffix("_forward").removesuffix("_backward")
+        for (part, _), seconds in chunks[chunk].seconds.items():
             parts[part] += run.microbatches * share * seconds
     # What pairs hide of the experts' exchanges, less what they slow down, is missing from the rank's busy time.
     busy_seconds = pipeline.busy_seconds[pipeline.bottleneck]
