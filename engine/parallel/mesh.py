@@ -2,7 +2,8 @@
 
 Dense ranks form the grid pp x dp x cp x tp with tp fastest, one `arange` viewed in four dimensions: the ranks of a pipeline
 stage are neighbours, so that expert-parallel groups, which fold over them, span as few nodes as they can. A `Mesh` is
-made once, at the top of a launch file, and handed to whoever needs it: nothing else reads the environment or keeps a group in a global.
+made once, at the top of a launch file, and handed to whoever needs it: nothing else reads the environment or keeps a group in
+a global.
 """
 
 import os
