@@ -14,9 +14,9 @@ from .collectives import (
     wire_bytes,
 )
 from .layer_time import BF16_BYTES, Operation, Work
-from .run import Dispatcher
+from .run import Dispatcher, RecomputePart
 from .shape import MoeShape
-from .states import layer_rank_parameters, replicas
+from .states import RankParameters, replicas
 
 DISPATCHER_MULTIPROCESSORS: dict[Dispatcher, int] = {"alltoall": 16, "deepep": 20, "hybridep": 32}
 """Held while tokens travel: NCCL's channels; DeepEP's default (DeepSeek-V3, arXiv 2412.19437, section 3.2.2: 20 of 132); those
@@ -46,9 +46,11 @@ def contention_share(work: Work, multiprocessors: int) -> float:
     return multiprocessors / (work.device.streaming_multiprocessors - multiprocessors)
 
 
-def layer_exchanges(work: Work, layer: int, operations: dict[str, Operation]) -> list[Exchange]:
-    """Forward and backward exchanges of a layer, those of recomputation among the backward ones."""
-    shape, layout, recompute = work.run.shape, work.run.layout, work.run.training.recompute
+def layer_exchanges(
+    work: Work, layer: int, operations: dict[str, Operation], recompute: tuple[RecomputePart, ...] = ()
+) -> list[Exchange]:
+    """Forward and backward exchanges of a layer, those of what is recomputed among the backward ones."""
+    shape, layout = work.run.shape, work.run.layout
     whole = "layer" in recompute
     exchanges: list[Exchange] = []
     if layout.tp > 1:
@@ -197,11 +199,10 @@ def _expert_parallel(work: Work, moe: MoeShape, operations: dict[str, Operation]
     return exchanges
 
 
-def gathered_weights(work: Work, layer: int, forward_seconds: float, backward_seconds: float) -> list[Exchange]:
+def gathered_weights(work: Work, held: RankParameters, forward_seconds: float, backward_seconds: float) -> list[Exchange]:
     """FSDP: a layer's weights are gathered before each of its passes and its gradients scattered after the backward one,
-    beside the computation of neighbouring layers."""
+    beside computation of that length (its neighbours')."""
     training = work.run.training
-    held = layer_rank_parameters(work.run, layer)
     sharded: tuple[tuple[Axis, float], ...] = (("zero", held.dense), ("edp", held.experts))
     transfers = [
         (axis, kind, direction, *collective(work, axis, kind, count * dtype_bytes))

@@ -8,7 +8,7 @@ update_time      gradients, weights and Adam
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from .collectives import Transfer
@@ -34,6 +34,7 @@ from .layer_time import (
 )
 from .run import PlannedRun, RecomputePart, Stage
 from .schedules import PipelineTime, StageSeconds, pipeline_time
+from .states import RankParameters, layer_rank_parameters
 from .update_time import data_parallel_transfers, optimizer_seconds
 
 PARTS = (
@@ -157,7 +158,7 @@ def chunk_times(work: Work) -> list[PassTime]:
             total += of_layer(layer, not recomputed or places[rank] < recomputed)
             places[rank] += 1
         if index == 0:
-            total += _pass(work, embedding_operations(work), [])
+            total += _embedding_pass(work)
         if index == len(chunks) - 1:
             head = _head_pass(work)
             for _ in range(1 + run.shape.num_mtp_layers):
@@ -168,22 +169,19 @@ def chunk_times(work: Work) -> list[PassTime]:
 
 def layer_pass(work: Work, layer: int, recompute: bool = True) -> PassTime:
     """A micro-batch through one layer (layer >= num_layers: an MTP module, without its head)."""
-    run = work.run
-    if not recompute and run.training.recompute:
-        run = replace(run, training=replace(run.training, recompute=()))
-        work = Work(run, work.device)
     operations = layer_operations(work, layer)
-    exchanges = layer_exchanges(work, layer, {one.name: one for one in operations})
-    if run.training.fsdp and run.layout.pp == 1:
-        forward = sum(one.forward_seconds for one in operations)
-        backward = sum(
-            one.backward_input_seconds
-            + one.backward_weight_seconds
-            + recomputed_share(one, run.training.recompute) * one.forward_seconds
-            for one in operations
-        )
-        exchanges += gathered_weights(work, layer, forward, backward)
-    return _pass(work, operations, exchanges, run.training.recompute)
+    recomputed = work.run.training.recompute if recompute else ()
+    exchanges = layer_exchanges(work, layer, {one.name: one for one in operations}, recomputed)
+    return _pass(work, operations, exchanges, layer_rank_parameters(work.run, layer), recomputed)
+
+
+def _vocabulary_matrix(work: Work) -> RankParameters:
+    """Embedding or head; where they are one tensor, both passes gather it all the same."""
+    return RankParameters(0.0, 0.0, work.run.shape.vocab_size * work.run.shape.hidden_size / work.run.layout.tp)
+
+
+def _embedding_pass(work: Work) -> PassTime:
+    return _pass(work, embedding_operations(work), [], _vocabulary_matrix(work))
 
 
 def _head_pass(work: Work) -> PassTime:
@@ -191,12 +189,17 @@ def _head_pass(work: Work) -> PassTime:
     exchanges = []
     if work.run.layout.tp > 1:
         exchanges = column(work, BF16_BYTES * work.tokens * work.run.shape.hidden_size, operations[1])
-    return _pass(work, operations, exchanges)
+    return _pass(work, operations, exchanges, _vocabulary_matrix(work))
 
 
 def _pass(
-    work: Work, operations: Sequence[Operation], exchanges: Sequence[Exchange], recompute: tuple[RecomputePart, ...] = ()
+    work: Work,
+    operations: Sequence[Operation],
+    exchanges: list[Exchange],
+    held: RankParameters,
+    recompute: tuple[RecomputePart, ...] = (),
 ) -> PassTime:
+    """`held`: the parameters that the operations use, on this rank before FSDP divides them."""
     gap = 0.0 if work.run.training.cuda_graphs else EAGER_GAP_SECONDS
     seconds: dict[tuple[str, PassName], float] = defaultdict(float)
     for one in operations:
@@ -209,6 +212,10 @@ def _pass(
         seconds["launch", "forward"] += gap * one.forward_kernels
         seconds["launch", "backward_input"] += gap * (one.backward_kernels - weight_kernels + again * one.forward_kernels)
         seconds["launch", "backward_weight"] += gap * weight_kernels
+    if work.run.training.fsdp and work.run.layout.pp == 1:
+        backward = seconds["backward_input", "backward_input"] + seconds["recompute", "backward_input"]
+        backward += seconds["backward_weight", "backward_weight"]
+        exchanges = exchanges + gathered_weights(work, held, seconds["forward", "forward"], backward)
     for one in exchanges:
         name = "forward" if one.direction == "forward" else "backward_input"
         seconds[EXPOSED_PART.get(one.axis, "exposed_data"), name] += one.exposed_seconds

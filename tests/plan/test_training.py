@@ -197,6 +197,14 @@ def test_gradients_and_weights_are_exchanged_once_a_step():
             assert sent[axis, kind].bytes_per_rank == wire_bytes(kind, dtype_bytes * parameters, ranks)
 
 
+def test_fsdp_gathers_all_weights_twice_and_scatters_all_gradients_once_a_microbatch():
+    run = planned(DENSE, 8, layout=Layout(), fsdp=True, global_batch_sequences=24, recompute=("layer",))
+    held = rank_parameters(run, run.stages()[0]).total - DENSE.hidden_size  # the last norm's few parameters are left out
+    sent = {one.kind: one.bytes_per_rank for one in train_step(run).transfers}
+    assert sent["all_gather"] == pytest.approx(3 * 2 * wire_bytes("all_gather", 2 * held, 8))
+    assert sent["reduce_scatter"] == pytest.approx(3 * wire_bytes("reduce_scatter", 4 * held, 8))
+
+
 def test_tensor_parallel_collectives_of_a_step_are_counted():
     """With sequence parallel a dense layer gathers its input and scatters its output twice; backward the same and the inputs
     again. The head gathers once forward and twice backward."""
