@@ -6,9 +6,10 @@ from itertools import product
 
 from ..config import ContextParallelKind, Layout, PipelineSchedule, Placement
 from .devices import device_named
-from .run import PlannedRun, RecomputePart, TrainingPlan, even_split
+from .run import PlannedRun, RecomputePart, TrainingPlan
 from .shape import ModelShape
 from .stage_balance import balanced_stage_layers
+from .stages import even_split
 
 RECOMPUTE_CHOICES: tuple[tuple[RecomputePart, ...], ...] = (
     (),

@@ -1,12 +1,11 @@
 """What a prediction needs to know: `PlannedRun`, a model on a number of GPUs with a layout, a training and a rollout part."""
 
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from itertools import accumulate, pairwise
 from typing import Literal
 
-from ..config import InputError, Layout, PipelineSchedule, Placement
+from ..config import InputError, Layout, Placement
 from .shape import ModelShape
+from .stages import LayerDivision, Stage, chunks_of, ranks_of_chunks, stages_of
 from .validation import problems
 
 TrainingPrecision = Literal["fp32", "bf16", "fp8-tensorwise", "fp8-blockwise"]
@@ -144,20 +143,6 @@ class RolloutPlan:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What one pipeline rank holds. With vpp > 1, DualPipe and DualPipeV its layers are not contiguous."""
-
-    index: int
-    layers: tuple[int, ...]
-    """Indices of its layers in the order of its chunks; num_layers and above are MTP modules. With DualPipe every layer is on
-    two ranks."""
-    has_embedding: bool
-    """It holds the embedding: for the model's input, or for that of MTP modules (which share it with the first stage)."""
-    has_head: bool
-    """It holds the head. A tied head off the embedding's rank is a copy of it, to be kept equal."""
-
-
-@dataclass(frozen=True)
 class PlannedRun:
     """A run to be predicted. Made once, checked by `engine.plan.search.check`; never changed."""
 
@@ -222,82 +207,22 @@ class PlannedRun:
         """Tokens of an optimizer step over all replicas."""
         return self.training.global_batch_sequences * self.training.sequence_length_tokens
 
-    def stages(self) -> tuple[Stage, ...]:
-        """The pipeline ranks, first to last.
-
-        Interleaved: rank r holds chunks r, r + pp, ... of pp x vpp. DualPipe: rank r also holds stage pp-1-r (both
-        directions). DualPipeV: rank r holds chunks r and 2 pp - 1 - r, so the first rank has embedding and head.
-        MTP modules follow the last layer.
-        """
+    @property
+    def division(self) -> LayerDivision:
+        """How the layers are divided over the pipeline ranks."""
         shape, layout = self.shape, self.layout
-        return _stages(shape.num_layers, shape.num_mtp_layers, layout.pp, layout.vpp, layout.schedule, self.stage_layers)
+        return LayerDivision(
+            shape.num_layers, shape.num_mtp_layers, layout.pp, layout.vpp, layout.schedule, self.stage_layers
+        )  # fmt: skip
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The pipeline ranks, first to last (`stages.stages_of`)."""
+        return stages_of(self.division)
 
     def chunks(self) -> tuple[tuple[int, ...], ...]:
-        """Layers of each chunk of consecutive layers, first to last; the last one with the MTP modules.
-
-        A rank's layers are divided evenly over its chunks. Where they don't divide but would with embedding, head and MTP
-        modules counted as layers, these count (Megatron-LM: --account-for-embedding-in-pipeline-split); else the first chunks
-        take one more.
-        """
-        shape, layout = self.shape, self.layout
-        return _chunks(shape.num_layers, shape.num_mtp_layers, layout.pp, layout.vpp, layout.schedule, self.stage_layers)
+        """Layers of each chunk of consecutive layers, first to last (`stages.chunks_of`)."""
+        return chunks_of(self.division)
 
     def ranks_of_chunk(self) -> list[tuple[int, ...]]:
         """For each chunk of consecutive layers, first to last, the pipeline ranks that hold it."""
-        return _ranks_of_chunk(self.layout.pp, self.layout.vpp, self.layout.schedule)
-
-
-def _ranks_of_chunk(pp: int, vpp: int, schedule: PipelineSchedule) -> list[tuple[int, ...]]:
-    if schedule == "interleaved":
-        return [(chunk % pp,) for chunk in range(pp * vpp)]
-    if schedule == "dualpipev" and pp > 1:
-        return [(rank,) for rank in (*range(pp), *reversed(range(pp)))]
-    if schedule == "dualpipe" and pp > 1:
-        return [(rank, pp - 1 - rank) for rank in range(pp)]
-    return [(rank,) for rank in range(pp)]
-
-
-# Kept, since a search asks for the same few divisions of layers for thousands of runs.
-@lru_cache(maxsize=2048)
-def _stages(
-    num_layers: int, num_mtp_layers: int, pp: int, vpp: int, schedule: PipelineSchedule, stage_layers: tuple[int, ...]
-) -> tuple[Stage, ...]:
-    ranks_of_chunk = _ranks_of_chunk(pp, vpp, schedule)
-    last_chunk = len(ranks_of_chunk) - 1
-    chunks = _chunks(num_layers, num_mtp_layers, pp, vpp, schedule, stage_layers)
-    stages = []
-    for rank in range(pp):
-        held = [chunk for chunk, ranks in enumerate(ranks_of_chunk) if rank in ranks]
-        layers = tuple(layer for chunk in held for layer in chunks[chunk])
-        has_head = last_chunk in held
-        stages.append(Stage(rank, layers, 0 in held or (has_head and num_mtp_layers > 0), has_head))
-    return tuple(stages)
-
-
-@lru_cache(maxsize=2048)
-def _chunks(
-    num_layers: int, num_mtp_layers: int, pp: int, vpp: int, schedule: PipelineSchedule, stage_layers: tuple[int, ...]
-) -> tuple[tuple[int, ...], ...]:
-    ranks_of_chunk = _ranks_of_chunk(pp, vpp, schedule)
-    chunks_per_rank = sum(ranks[0] == 0 for ranks in ranks_of_chunk)
-    embedding, head = ranks_of_chunk[0][0], ranks_of_chunk[-1][0]
-    sizes = [
-        _chunk_sizes(layers, chunks_per_rank, int(rank == embedding), (1 + num_mtp_layers) * (rank == head))
-        for rank, layers in enumerate(stage_layers or even_split(num_layers, pp))
-    ]
-    ends = list(accumulate((sizes[ranks[0]].pop(0) for ranks in ranks_of_chunk), initial=0))
-    ends[-1] += num_mtp_layers
-    return tuple(tuple(range(start, end)) for start, end in pairwise(ends))
-
-
-def even_split(count: int, parts: int) -> tuple[int, ...]:
-    """`count` things in `parts` parts, the first ones taking one more where it doesn't divide."""
-    return tuple(count // parts + (part < count % parts) for part in range(parts))
-
-
-def _chunk_sizes(layers: int, chunks: int, before: int, after: int) -> list[int]:
-    """Layers of a rank's chunks; what its first one holds besides weighs as `before` layers, its last one's as `after`."""
-    size, over = divmod(layers + before + after, chunks)
-    if over or size < max(before, after) or chunks == 1:
-        return list(even_split(layers, chunks))
-    return [size - before * (chunk == 0) - after * (chunk == chunks - 1) for chunk in range(chunks)]
+        return ranks_of_chunks(self.division)

@@ -3,8 +3,8 @@
 from itertools import accumulate, pairwise
 
 from .facts import layer_forward_flops_per_token
-from .run import even_split
 from .shape import ModelShape
+from .stages import even_split
 
 
 def balanced_stage_layers(shape: ModelShape, pp: int, sequence_length_tokens: int) -> tuple[int, ...]:

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from strop.engine.config import InputError, Layout, PipelineSchedule
 from strop.engine.plan.models import SHAPES
-from strop.engine.plan.run import PlannedRun, RolloutPlan, Stage, TrainingPlan, even_split
+from strop.engine.plan.run import PlannedRun, RolloutPlan, TrainingPlan
 from strop.engine.plan.shape import ModelShape
+from strop.engine.plan.stages import Stage, even_split
 
 DEEPSEEK = SHAPES["deepseek-v3"]
 WITHOUT_MTP = replace(DEEPSEEK, num_mtp_layers=0)
