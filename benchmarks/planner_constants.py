@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import numpy as np
-from planner_rows import TrainingRow
+from planner_training_row import TrainingRow
 
 from strop.engine.plan.training import train_step
 
@@ -67,7 +67,9 @@ def _modules() -> list[ModuleType]:
 
 
 FITTED: tuple[FittedConstant, ...] = (
-    FittedConstant("efficiency", "SUSTAINED_FRACTION", "tensor-core clock of a training step, bf16", ("hopper", "bf16"), at_most=1.0),
+    FittedConstant(
+        "efficiency", "SUSTAINED_FRACTION", "tensor-core clock of a training step, bf16", ("hopper", "bf16"), at_most=1.0
+    ),
     FittedConstant("efficiency", "SUSTAINED_FRACTION", "the same, FP8", ("hopper", "fp8-tensorwise"), at_most=1.0),
     FittedConstant("efficiency", "POWER_EXPONENT", "of the clock under a lower power limit", at_most=1.0),
     FittedConstant("layer_time", "FUSED_PASSES", "bytes that fused element-wise kernels move over the fewest possible"),

@@ -1,0 +1,198 @@
+"""The planner against published runs: benchmarks/results/planner.md and planner.json. No GPU, no network; nothing is timed.
+
+    python benchmarks/planner.py               every section (minutes: the searches)
+    python benchmarks/planner.py --no-search   seconds; the searches of the result that is there are kept
+    python benchmarks/planner.py --fit         what the fitted rows ask of the fitted constants; writes nothing
+
+Rows and the rule that chose the fitted ones: `planner_rows`, `planner_rl_rows`. A miss of a target stays in its table, marked.
+"""
+
+import argparse
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from planner_constants import FITTED, fit, log_errors
+from planner_memory_rows import MEMORY_ROWS
+from planner_parts import flops_section, moe_layer_section, step_parts_section, trace_section
+from planner_rl_rows import RL_ROWS
+from planner_rows import FITTED_FAMILIES, LEFT_OUT, ROWS
+from planner_table import Compared, Section
+
+from strop.engine.plan.grpo import grpo_step
+from strop.engine.plan.training import train_step
+
+RESULTS = Path(__file__).parent / "results"
+MEDIAN_TARGET, WORST_TARGET, MEMORY_TARGET = 0.15, 0.30, 0.10
+FITTED_KIND, HELD_OUT_KIND = "fitted", "held out"
+
+
+def training_section() -> Section:
+    """Seconds of an optimizer step."""
+    figures = [
+        Compared(
+            name=row.name,
+            published=row.published_step_seconds,
+            predicted=train_step(row.run).step_seconds,
+            target=WORST_TARGET,
+            kind=FITTED_KIND if row.family in FITTED_FAMILIES else HELD_OUT_KIND,
+            source=row.source,
+            note=row.note,
+        )
+        for row in ROWS
+    ]
+    by_family: dict[str, list[float]] = {}
+    for row, figure in zip(ROWS, figures, strict=True):
+        by_family.setdefault(row.family, []).append(abs(figure.error))
+    fitted = sum(figure.kind == FITTED_KIND for figure in figures)
+    text = (
+        f"{len(figures)} runs of {len(by_family)} families (a publisher and a model), {fitted} of them fitted: every second "
+        "family, by a rule older than the first prediction. Published tokens/s and TFLOPS became seconds by the batch and its "
+        f"publisher's FLOP convention. Target: median |error| at most {MEDIAN_TARGET:.0%}, worst {WORST_TARGET:.0%}."
+    )
+    of_families = median(median(errors) for errors in by_family.values())
+    remarks = [
+        _within(figures, WORST_TARGET) + f"; the median over families of their medians is {of_families:.1%}.",
+        *(f"Left out: {what}: {why}." for what, why in LEFT_OUT),
+    ]
+    return Section("Training", text, "s a step", figures, remarks)
+
+
+def memory_section() -> Section:
+    """Peaks of the worst rank."""
+    figures = [
+        Compared(
+            row.name,
+            row.published_gib,
+            row.predicted_gib,
+            MEMORY_TARGET,
+            source=row.source,
+            note="; ".join(part for part in (row.note, row.counted * (row.counted == "reserved"), row.miss) if part),
+        )
+        for row in MEMORY_ROWS
+    ]
+    text = f"Peak of the worst rank, as PyTorch allocated or reserved it. Target: {MEMORY_TARGET:.0%}."
+    return Section("Memory", text, "GiB", figures, [_within(figures, MEMORY_TARGET) + "."])
+
+
+def rl_section() -> Section:
+    """Seconds of a GRPO step."""
+    figures = [
+        Compared(
+            f"{row.family}: {row.name}",
+            row.published_step_seconds,
+            grpo_step(row.run).step_seconds,
+            WORST_TARGET,
+            FITTED_KIND if row.fitted else HELD_OUT_KIND,
+            row.source,
+            f"mean response {row.run.rollout.mean_response_tokens:g} tokens; {row.assumed}".removesuffix("; "),
+        )
+        for row in RL_ROWS
+    ]
+    text = (
+        "Rollout, log-probs, training and weight sync. Response lengths are lognormal with the mean in the note and a spread "
+        f"of 0.8 (of their logarithm, assumed everywhere), cut at the limit. Target: at least 6 rows within {WORST_TARGET:.0%}."
+    )
+    return Section("GRPO steps", text, "s a step", figures, [_within(figures, WORST_TARGET) + "."])
+
+
+def _within(figures: list[Compared], target: float) -> str:
+    return f"Within {target:.0%}: {sum(not figure.missed for figure in figures)} of {len(figures)}"
+
+
+def all_sections() -> dict[str, Section]:
+    """Every section but the searches."""
+    return {
+        "training": training_section(),
+        "memory": memory_section(),
+        "deepseek_v3_step": step_parts_section(),
+        "dualpipe_trace": trace_section(),
+        "moe_layer": moe_layer_section(),
+        "rl": rl_section(),
+        "flops": flops_section(),
+    }
+
+
+def document(sections: dict[str, Section], search: str) -> tuple[str, dict[str, Any]]:
+    """(planner.md, content of planner.json); `search`: the searches' section as Markdown."""
+    versions = {"command": "python benchmarks/planner.py", "python": platform.python_version(), "numpy": version("numpy")}
+    blocks = [
+        "# The planner against published runs",
+        "Errors are of the prediction, relative to what was published; above 0 the planner says slower or larger.",
+        _summary(sections),
+        *(section.markdown() for section in sections.values()),
+        search,
+        _constants(),
+        "\n".join(f"- {key}: `{value}`" for key, value in versions.items()),
+    ]
+    data = {
+        "versions": versions,
+        "fitted_constants": {f"{constant.module}.{constant.label}": constant.get() for constant in FITTED},
+        **{name: section.entries() for name, section in sections.items()},
+        "search": search,
+    }
+    return "\n\n".join(blocks) + "\n", data
+
+
+def _summary(sections: dict[str, Section]) -> str:
+    keys = ("median all", "worst all", "median held out", "worst held out")
+    lines = ["| | figures | median error | worst | median, held out | worst, held out |", "|---|---:|---:|---:|---:|---:|"]
+    for section in sections.values():
+        cells = [f"{section.summary[key]:.1%}" if key in section.summary else "" for key in keys]
+        lines.append(f"| {section.title} | {len(section.figures)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _constants() -> str:
+    fitted = sum(row.family in FITTED_FAMILIES for row in ROWS)
+    lines = [
+        "## Fitted constants",
+        "",
+        f"{len(FITTED)} for {fitted} fitted training runs; every other constant is measured or stated by the source beside it.",
+        "",
+        "| of engine.plan | value | what it is |",
+        "|---|---:|---|",
+        *(f"| {constant.module}.{constant.label} | {constant.get():.4g} | {constant.meaning} |" for constant in FITTED),
+    ]
+    return "\n".join(lines)
+
+
+def print_fit() -> None:
+    rows = [row for row in ROWS if row.family in FITTED_FAMILIES]
+    before = log_errors(rows)
+    for label, value in fit(rows).items():
+        print(f"{label:40s} {value:.4g}")
+    print(
+        f"mean squared log error of {len(rows)} fitted rows: {(before**2).mean():.4f} -> {(log_errors(rows) ** 2).mean():.4f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--no-search", action="store_true", help="keep the searches of the result that is there")
+    parser.add_argument(
+        "--fit", action="store_true", help="print what the fitted rows ask of the fitted constants, write nothing"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of planner.md and planner.json")
+    arguments = parser.parse_args()
+    if arguments.fit:
+        print_fit()
+        return
+    if arguments.no_search:
+        search = json.loads((RESULTS / "planner.json").read_text())["search"]
+    else:
+        from planner_search import search_table  # takes minutes: only where it is asked for
+
+        search = search_table()
+    text, data = document(all_sections(), search)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "planner.md").write_text(text)
+    (arguments.out / "planner.json").write_text(json.dumps(data, indent=2) + "\n")
+    print(_summary(all_sections()))
+
+
+if __name__ == "__main__":
+    main()
