@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -30,8 +29,8 @@ AXIS_NAMES = {
     "etp": "etp (tensor in experts)", "edp": "edp (data of experts)", "zero": "dp x cp",
 }  # fmt: skip
 COLUMN_NAMES = {
-    "rollout_weights": "rollout weights", "communication": "comm", "kv_cache": "kv cache", "activations": "activ",
-    "gradients": "grads", "optimizer": "optim",
+    "gradients": "grads", "optimizer": "optim", "activations": "activ", "communication": "comm", "kv_cache": "kv cache",
+    "reference_weights": "reference weights", "rollout_weights": "rollout weights",
 }  # fmt: skip
 """Shorter where a word would make the table wider than 80 columns."""
 TEXT_COLUMNS = ("a group lies", "layout", "kind", "recompute", "reason")
@@ -131,16 +130,14 @@ def layout_section(prediction: Prediction) -> Section:
 
 
 def memory_section(prediction: Prediction) -> Section:
-    """A row for each run of stages with the same memory in the same phase; the worst is bold."""
-    rows, worst = prediction.memory, prediction.worst
-    parts = [part for part in PARTS if any(row.parts_bytes[part] for row in rows)]
+    """The worst stage is bold."""
+    worst = prediction.worst
+    parts = [part for part in PARTS if any(one.parts_bytes[part] for one in prediction.memory)]
     table = grid("stage", *(COLUMN_NAMES.get(part, part) for part in parts), "total")
-    for (phase, *cells), alike in groupby(rows, key=lambda row: [row.phase, *map(gib, row.parts_bytes.values())]):
-        same = list(alike)
-        first, last = same[0].stage.index, same[-1].stage.index
-        shown = [cell for part, cell in zip(PARTS, cells, strict=True) if part in parts]
-        stage = f"{first}" if first == last else f"{first}-{last}"
-        table.add_row(f"{stage} {phase}", *shown, gib(same[0].total_bytes), style="bold" if worst in same else "")
+    for stages, memory in prediction.alike_memory():
+        same_as_worst = memory.phase == worst.phase and memory.parts_bytes == worst.parts_bytes
+        cells = [gib(memory.parts_bytes[part]) for part in parts]
+        table.add_row(f"{stages} {memory.phase}", *cells, gib(memory.total_bytes), style="bold" if same_as_worst else "")
     free = prediction.headroom_bytes
     left = f"{gib(free)} GiB left" if free >= 0 else f"{gib(-free)} GiB too much"
     host = f", and {gib(worst.host_bytes)} GiB of the host's memory" if worst.host_bytes else ""

@@ -1,6 +1,7 @@
 """Everything that is predicted of one run, together: `Prediction`, and the same as a dict for JSON with a unit in every key."""
 
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from typing import Any
 
 from .collectives import Axis, Transfer, members_per_node
@@ -88,6 +89,15 @@ class Prediction:
             AxisSpan(axis, size, self.run.training_gpus // size, members_per_node(layout, axis, node))
             for axis, size in sizes.items() if size > 1
         )  # fmt: skip
+
+    def alike_memory(self) -> list[tuple[str, StageMemory]]:
+        """("0-2", the first of them): consecutive stages that need the same in the same phase."""
+        found: list[tuple[str, StageMemory]] = []
+        for _, group in groupby(self.memory, key=lambda one: (one.phase, one.parts_bytes, one.host_bytes)):
+            first, *others = group
+            last = others[-1].stage.index if others else first.stage.index
+            found.append((f"{first.stage.index}" + (f"-{last}" if others else ""), first))
+        return found
 
     def transfers_by_axis(self) -> dict[str, tuple[Transfer, ...]]:
         """Transfers of the training step, grouped."""

@@ -44,8 +44,8 @@ def test_settings_that_leave_nothing_to_predict(launcher) -> None:
 def test_narrow_pipes_are_readable(launcher) -> None:
     output = launcher.run(
         "plan.py", "deepseek-v3", "--gpus", 256, "--layout.pp", 16, "--layout.ep", 16, "--training.recompute", "layer",
-        "--training.sequence-length-tokens", 8192, "--training.offload-optimizer", "--grpo", "--rollout.tp", 32, "--rollout.offload-training",
-        COLUMNS="80",
+        "--training.sequence-length-tokens", 8192, "--training.offload-optimizer", "--grpo", "--rollout.tp", 32,
+        "--rollout.offload-training", COLUMNS="80",
     )  # fmt: skip
     assert "GRPO step" in output
     lines = [line for line in output.splitlines() if not line.startswith("How far off")]
@@ -118,7 +118,7 @@ def test_what_is_planned_before_the_folder_exists_is_what_lies_in_it(name: str) 
 
 
 def test_readme_example_is_what_the_command_prints(launcher) -> None:
-    """Facts, layout and problems to the letter; predicted seconds and bytes to within 5%, as their constants may be refitted."""
+    """Facts and layout to the letter; predicted seconds and bytes to within 5%, as their constants may be fitted again."""
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     command, printed = re.search(r"^```\n\$ python launch/plan\.py (.*?)\n(.*?)^```$", readme, re.M | re.S).groups()
     output = launcher.run("plan.py", *command.split(), code=1, COLUMNS="100")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from strop.engine.config import InputError, Layout
-from strop.engine.plan.drawing import draw_prediction, layout_text, seconds_text
+from strop.engine.plan.drawing import draw_prediction, layout_text, pipeline_intervals, seconds_text
 from strop.engine.plan.models import SHAPES
 from strop.engine.plan.report import Prediction
 from strop.engine.plan.run import PlannedRun, RolloutPlan, TrainingPlan
@@ -94,6 +94,25 @@ def test_totals_are_the_sums_of_their_parts(predictions, name: str) -> None:
 def test_memory_is_that_of_both_phases(predictions) -> None:
     assert {one.phase for one in predictions["grpo"].memory} == {"training", "rollout"}
     assert {one.phase for one in predictions["split"].memory} == {"training"}, "other GPUs generate"
+
+
+def test_the_drawn_passes_take_the_predicted_time(predictions) -> None:
+    for name in ("dense", "moe"):
+        prediction = predictions[name]
+        step, intervals = prediction.training, pipeline_intervals(prediction.run)
+        after = step.parts_seconds["exposed_data"] + step.parts_seconds["optimizer"]
+        assert max(one.end_seconds for one in intervals) == pytest.approx(step.step_seconds - after, rel=1e-3)
+        ends = dict.fromkeys(range(prediction.run.layout.pp), 0.0)
+        for one in sorted(intervals, key=lambda one: one.start_seconds):
+            assert one.start_seconds >= ends[one.rank] - 1e-9, "a rank does one thing at a time"
+            ends[one.rank] = one.end_seconds
+
+
+def test_alike_stages_are_shown_together(predictions) -> None:
+    shown = predictions["moe"].alike_memory()
+    assert shown[0][0] == "0" and any("-" in label for label, _ in shown)
+    covered = [n for label, _ in shown for n in range(int(label.split("-")[0]), int(label.split("-")[-1]) + 1)]
+    assert covered == list(range(16))
 
 
 def test_groups_of_each_axis(predictions) -> None:
