@@ -207,6 +207,7 @@ def gathered_weights(work: Work, held: RankParameters, forward_seconds: float, b
     transfers = [
         (axis, kind, direction, *collective(work, axis, kind, count * dtype_bytes))
         for axis, count in sharded
+        if count
         for kind, direction, dtype_bytes in (
             ("all_gather", "forward", training.weights_dtype_bytes),
             ("all_gather", "backward", training.weights_dtype_bytes),
