@@ -144,7 +144,7 @@ class RolloutPlan:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run to be predicted. Made once, checked by `engine.plan.search.check`; never changed."""
+    """A run to be predicted. Made once, checked by `validation.problems` and `check.check`; never changed."""
 
     shape: ModelShape
     gpus: int

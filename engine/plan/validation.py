@@ -1,11 +1,12 @@
 """What is wrong with a planned run before anything is predicted: every mistake at once, with the nearest numbers that fit.
 
-Whether it fits into memory is asked by `search.check`, which also asks this.
+Whether it fits into memory is asked by `check.check`, after this.
 """
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Literal, get_args, get_origin, get_type_hints
 
 from .layout_fit import (
     batch_problems,
@@ -74,6 +75,18 @@ def _value_problems(run: "PlannedRun") -> Iterator[Problem]:
     for setting, (value, allowed) in choices.items():
         if value not in allowed:
             yield Problem(setting, value, f"must be {' or '.join(map(str, allowed))} bytes")
+    for path, part in (("", run), ("layout.", run.layout), ("training.", training), ("rollout.", rollout)):
+        for name, names in _literal_fields(type(part)).items() if part is not None else ():
+            value = getattr(part, name)
+            if unknown := [one for one in (value if isinstance(value, tuple) else (value,)) if one not in names]:
+                yield Problem(f"{path}{name}", unknown[0], f"must be {' or '.join(names)}")
+
+
+@cache
+def _literal_fields(part: type) -> dict[str, tuple[str, ...]]:
+    """Fields of a dataclass that are one of some names, or a tuple of such. Only the command line enforces their types."""
+    hints = {name: get_args(hint)[0] if get_origin(hint) is tuple else hint for name, hint in get_type_hints(part).items()}
+    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
 
 
 def _training_problems(run: "PlannedRun") -> Iterator[Problem]:
@@ -123,7 +136,7 @@ def _placement_problems(run: "PlannedRun") -> Iterator[Problem]:
         yield Problem("rollout.gpus", plan.gpus, reason, fits)
     if split and plan.weight_sync in ("alias", "local_copy"):
         reason = "with split placement weights come from other GPUs"
-        yield Problem("rollout.weight_sync", plan.weight_sync, reason, ("reshard", "stream"))
+        yield Problem("rollout.weight_sync", plan.weight_sync, reason, ("reshard", "broadcast", "stream"))
     if split and plan.offload_training:
         yield Problem("rollout.offload_training", True, "with split placement nobody waits for the trainer's memory", (False,))
     if not split and plan.gpus > 0:

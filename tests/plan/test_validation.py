@@ -74,6 +74,11 @@ def test_values_below_what_is_possible(setting: str, value: float, least: int) -
 @pytest.mark.parametrize(
     ("settings_", "message"),
     [
+        ({"training.precision": "fp8"}, "--training.precision fp8: must be fp32 or bf16 or fp8-tensorwise or fp8-blockwise"),
+        ({"training.recompute": ("norms", "norm")}, "--training.recompute norm: must be norms or activation or"),
+        ({"layout.cp_kind": "rings"}, "--layout.cp-kind rings: must be ring or ulysses"),
+        ({"placement": "apart"}, "--placement apart: must be colocated or split"),
+        ({**GRPO, "rollout.weight_sync": "copy"}, "--rollout.weight-sync copy: must be alias or local_copy or"),
         ({"training.weights_dtype_bytes": 3}, "--training.weights-dtype-bytes 3: must be 1 or 2 or 4 bytes"),
         ({"training.gradient_dtype_bytes": 1}, "--training.gradient-dtype-bytes 1: must be 2 or 4 bytes"),
         ({"training.moment_dtype_bytes": 8}, "--training.moment-dtype-bytes 8: must be"),
