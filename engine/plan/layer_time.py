@@ -38,8 +38,8 @@ QUANTIZE_BYTES = {
     "fp8-blockwise": QuantizeBytes(forward=3, backward_input=3, weight_input=2, weight_gradient=3),
 }
 FUSED_PASSES = 2.8
-"""Seconds of element-wise operations as training libraries fuse them over those of the fewest bytes that they could move: layout
-copies, fp32 intermediates, kernels below the memory's bandwidth. Fitted on rows (benchmarks/planner.py --fit)."""
+"""Seconds of element-wise operations as training libraries fuse them over those of the fewest bytes that they could move:
+layout copies, fp32 intermediates, kernels below the memory's bandwidth. Fitted on rows (benchmarks/planner.py --fit)."""
 EAGER_PASSES = 4.0
 """The same of operations run one by one. Counted, a norm moves 9 times the fewest bytes (its fp32 copy, square, mean, product,
 cast, scale), a rotation 4, a SwiGLU 1.7, a residual 1: 3.1 in a Llama layer; times 1.3 for layout copies."""
