@@ -9,7 +9,6 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from strop.engine.plan.devices import device_named
 from strop.engine.plan.drawing import layout_text, seconds_text, words
 from strop.engine.plan.facts import active_parameters, kv_bytes_per_token, parameters, total_parameters, train_flops_per_token
 from strop.engine.plan.grpo import GrpoStep
@@ -80,12 +79,10 @@ def show(prediction: Prediction, problems: Sequence[Problem], to: Console) -> No
 
 def show_generation(run: PlannedRun, to: Console) -> None:
     """Print what generation alone takes."""
-    weights, cache = gib(rollout_weight_bytes(run)), gib(rollout_kv_cache_bytes(run))
     to.print(Text(f"{run.shape.name} on {run.gpus} x {run.device}", style="bold"))
     to.print(model_section(run))
     to.print(generation_section(rollout_time(run), run))
-    memory = gib(device_named(run.device).hbm_bytes)
-    to.print(Text(f"Memory of a GPU: weights {weights} GiB, KV cache {cache} GiB, of {memory} GiB.\n"))
+    to.print()
     to.print(Text(ACCURACY, style="dim"), soft_wrap=True)
 
 
@@ -174,6 +171,8 @@ def generation_section(rollout: RolloutTime, run: PlannedRun) -> Section:
     table.add_row("decoding step", f"{full} with {rollout.sequences_per_engine:,.0f} sequences an engine, {alone} with one")
     table.add_row("the tail", f"{seconds_text(rollout.tail_seconds)} with at most a tenth of the sequences left")
     table.add_row("throughput", f"{rollout.tokens_per_second_per_gpu:,.0f} response tokens/s/GPU")
+    weights, cache = gib(rollout_weight_bytes(run)), gib(rollout_kv_cache_bytes(run))
+    table.add_row("memory", f"weights {weights} GiB a GPU, KV cache {cache} GiB")
     return Section(f"Generation: {seconds_text(rollout.total_seconds)}", table)
 
 

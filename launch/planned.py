@@ -3,7 +3,6 @@ would make of theirs. It imports no torch: a plan shouldn't wait for it.
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,14 +10,14 @@ from typing import TYPE_CHECKING
 
 from strop.engine.config import InputError, Layout, Placement
 from strop.engine.plan.candidates import SearchSpace
-from strop.engine.plan.check import check
+from strop.engine.plan.check import check, with_batch
 from strop.engine.plan.devices import device_named
-from strop.engine.plan.facts import total_parameters
-from strop.engine.plan.memory import rollout_kv_cache_bytes
+from strop.engine.plan.memory import GIB, rollout_kv_cache_bytes
 from strop.engine.plan.models import SHAPES
 from strop.engine.plan.report import Prediction
 from strop.engine.plan.run import PlannedRun, RolloutPlan, TrainingPlan
 from strop.engine.plan.shape import ModelShape
+from strop.engine.plan.states import rank_state_bytes
 from strop.engine.plan.validation import Problem, problems
 from strop.launch.plan_table import make_console, show, show_generation, show_notes, show_problems
 
@@ -35,6 +34,10 @@ QUESTIONS_NOTE = f"How many questions there are is not read either: times are fo
 ASSUMED_RESPONSE_SHARE = 0.5
 """Mean length of a response over its limit."""
 PROBLEMS_EXIT_CODE = 1
+
+
+GENERATION = RolloutPlan(max_response_tokens=3840)
+"""With a prompt of 256 tokens the longest sample fills a sequence of 4096."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class PlanConfig:
     """Layers of each pipeline stage, first to last; unset divides them evenly."""
     layout: Layout = field(default_factory=Layout)
     training: TrainingPlan = field(default_factory=TrainingPlan)
-    rollout: RolloutPlan = field(default_factory=RolloutPlan)
+    rollout: RolloutPlan = GENERATION
     search: bool = False
     """Try all layouts on these GPUs, rank those that fit, and say why the others don't."""
     space: SearchSpace = field(default_factory=SearchSpace)
@@ -72,8 +75,13 @@ class PlanConfig:
         for name in ("gpus", "steps", "best"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)}: must be at least 1")
-        if not self.grpo and (self.rollout != RolloutPlan() or self.placement != "colocated"):
+        if not self.grpo and (self.rollout != GENERATION or self.placement != "colocated"):
             raise InputError("--rollout.* and --placement have no effect without --grpo: add it, or leave them out")
+        if self.grpo and self.training.global_batch_sequences != TrainingPlan().global_batch_sequences:
+            raise InputError(
+                "--training.global-batch-sequences has no effect with --grpo: the batch is what the samples are packed into, "
+                "--rollout.prompts-per-step x --rollout.group-size / --rollout.optimizer-steps of them"
+            )
         if self.search and (self.layout != Layout() or self.stage_layers):
             raise InputError("--search tries every layout: fix degrees with --space.* instead of --layout.* and --stage-layers")
         if not self.search and (self.space != SearchSpace() or self.memory_budget_gib is not None):
@@ -121,47 +129,54 @@ def grpo_run(config: "GrpoConfig", gpus: int, device: str) -> PlannedRun:
     that doesn't fit the ranks.
     """
     train, width = config.train, PRECISION_BYTES[config.precision]
-    shape, layout = shape_of_model(config.model), config.layout.resolve(gpus)
-    rollout = replace(
-        _generation(config.rollout, shape, device, width, config.rollout.max_new_tokens),
+    generation = replace(
+        _generation(config.rollout, width, config.rollout.max_new_tokens),
         prompts_per_step=config.rollout.prompts_per_step, group_size=config.rollout.group_size,
         prompt_tokens=min(ASSUMED_PROMPT_TOKENS, max(1, train.microbatch_tokens - config.rollout.max_new_tokens)),
         optimizer_steps=train.minibatches, reference=train.loss.kl_coef > 0, old_logprobs=train.minibatches > 1,
     )  # fmt: skip
-    tokens = rollout.prompts_per_step * rollout.group_size * (rollout.prompt_tokens + rollout.mean_response_tokens)
-    microbatches = math.ceil(tokens / train.minibatches / layout.dp / train.microbatch_tokens)
-    return PlannedRun(
-        shape, gpus, device=device, layout=layout, placement=config.placement, steps=train.steps, rollout=rollout,
-        training=TrainingPlan(
-            sequence_length_tokens=train.microbatch_tokens, global_batch_sequences=microbatches * layout.dp,
-            precision=config.precision, weights_dtype_bytes=width, recompute=("layer",) if train.recompute == "full" else (),
-            resident_gradients=True, overlap_tensor=False, overlap_data=False, compiled=False,
-        ),
+    training = TrainingPlan(
+        sequence_length_tokens=train.microbatch_tokens, precision=config.precision, weights_dtype_bytes=width,
+        recompute=("layer",) if train.recompute == "full" else (), resident_gradients=True, overlap_tensor=False,
+        overlap_data=False, compiled=False,
     )  # fmt: skip
+    run = PlannedRun(
+        shape_of_model(config.model), gpus, device=device, layout=config.layout.resolve(gpus), placement=config.placement,
+        steps=train.steps, training=training, rollout=generation,
+    )  # fmt: skip
+    return _with_cache(run, config.rollout.kv_cache_gib)
 
 
 def evaluation_run(config: "EvaluateConfig", gpus: int, device: str) -> PlannedRun:
     """The generation of launch/evaluate.py with this config on `gpus` ranks; nothing of its training part takes place."""
-    shape, width = shape_of_model(config.model), PRECISION_BYTES[config.precision]
-    rollout = replace(
-        _generation(config.rollout, shape, device, width, config.eval.max_new_tokens),
+    width = PRECISION_BYTES[config.precision]
+    generation = replace(
+        _generation(config.rollout, width, config.eval.max_new_tokens),
         prompts_per_step=config.eval.questions or ASSUMED_QUESTIONS, group_size=config.eval.samples,
     )  # fmt: skip
-    layout = config.layout.resolve(gpus)
-    training = TrainingPlan(precision=config.precision, weights_dtype_bytes=width, global_batch_sequences=layout.dp)
-    return PlannedRun(shape, gpus, device=device, layout=layout, rollout=rollout, training=training)
-
-
-def _generation(engine: "EngineConfig", shape: ModelShape, device: str, width: int, max_new_tokens: int) -> RolloutPlan:
-    """What the rollout engine's own settings say: weights are the trainer's, kernels are launched one by one, and the cache has
-    a size of its own."""
-    held_bytes = width * total_parameters(shape) + engine.kv_cache_gib * 2**30
-    return RolloutPlan(
-        mean_response_tokens=max(1.0, ASSUMED_RESPONSE_SHARE * max_new_tokens), max_response_tokens=max_new_tokens,
-        weights_dtype_bytes=width, kv_dtype_bytes=width, weight_sync="alias", cuda_graphs=False,
-        memory_fraction=held_bytes / device_named(device).hbm_bytes, max_sequences=engine.max_batch,
-        prompt_tokens=ASSUMED_PROMPT_TOKENS,
+    run = PlannedRun(
+        shape_of_model(config.model), gpus, device=device, layout=config.layout.resolve(gpus), rollout=generation,
+        training=TrainingPlan(
+            ASSUMED_PROMPT_TOKENS + config.eval.max_new_tokens, precision=config.precision, weights_dtype_bytes=width
+        ),
     )  # fmt: skip
+    return _with_cache(run, config.rollout.kv_cache_gib)
+
+
+def _generation(engine: "EngineConfig", width: int, max_new_tokens: int) -> RolloutPlan:
+    """What the rollout engine's own settings say: weights are the trainer's, kernels are launched one by one."""
+    return RolloutPlan(
+        prompt_tokens=ASSUMED_PROMPT_TOKENS, mean_response_tokens=max(1.0, ASSUMED_RESPONSE_SHARE * max_new_tokens),
+        max_response_tokens=max_new_tokens, weights_dtype_bytes=width, kv_dtype_bytes=width, weight_sync="alias",
+        cuda_graphs=False, max_sequences=engine.max_batch,
+    )  # fmt: skip
+
+
+def _with_cache(run: PlannedRun, kv_cache_gib: float) -> PlannedRun:
+    """The run whose engines have a cache of this size: memory_fraction counts it with the weights beside it."""
+    weight_bytes = max(rank_state_bytes(run, stage).weights for stage in run.stages())
+    fraction = (weight_bytes + kv_cache_gib * GIB) / device_named(run.device).hbm_bytes
+    return replace(run, rollout=replace(run.rollout, memory_fraction=fraction))
 
 
 def assumptions(run: PlannedRun) -> list[str]:
@@ -180,13 +195,23 @@ def assumptions(run: PlannedRun) -> list[str]:
 
 
 def predict(run: PlannedRun) -> tuple[Prediction | None, list[Problem]]:
-    """(what the run needs and takes, what is wrong with it). None where mistakes leave nothing to predict."""
-    if found := problems(run):
+    """(what the run needs and takes, what is wrong with it). None where mistakes leave nothing to predict.
+
+    Raises InputError for an unknown device, and for samples that don't fit into a sequence.
+    """
+    found = settings_problems(run)
+    if found:
         return None, found
-    run = replace(run, layout=run.layout.resolve(run.training_gpus))
+    run = with_batch(replace(run, layout=run.layout.resolve(run.training_gpus)))
     found = check(run)
-    generates_nothing = run.rollout is not None and rollout_kv_cache_bytes(run) <= 0
-    return None if generates_nothing else Prediction.of(run), found
+    has_steps = not problems(run) and (run.rollout is None or rollout_kv_cache_bytes(run) > 0)
+    return Prediction.of(run) if has_steps else None, found
+
+
+def settings_problems(run: PlannedRun) -> list[Problem]:
+    """What is wrong before anything is computed. The batch of a GRPO run is no setting: it follows from its samples."""
+    batch = "training.global_batch_sequences" if run.rollout else None
+    return [problem for problem in problems(run) if problem.setting != batch]
 
 
 def show_plan(run: PlannedRun, notes: Sequence[str] = ()) -> tuple[Prediction | None, list[Problem]]:
@@ -211,7 +236,7 @@ def plan_grpo(config: "GrpoConfig", gpus: int, device: str) -> int:
 def plan_evaluation(config: "EvaluateConfig", gpus: int, device: str) -> int:
     """--plan of launch/evaluate.py; returns the exit code."""
     run, console = evaluation_run(config, gpus, device), make_console()
-    found = problems(run)
+    found = settings_problems(run)
     if found:
         show_problems(found, console)
     else:

@@ -15,7 +15,14 @@ from .facts import (
     train_flops_per_token,
 )
 from .grpo import GrpoStep, WholeRun, grpo_step, optimizer_step_run, whole_run
-from .memory import StageMemory, colocated_rollout_memory, training_memory, worst_stage
+from .memory import (
+    StageMemory,
+    colocated_rollout_memory,
+    rollout_kv_cache_bytes,
+    rollout_weight_bytes,
+    training_memory,
+    worst_stage,
+)
 from .run import PlannedRun
 from .training import StepTime, train_step
 
@@ -130,6 +137,12 @@ class Prediction:
                 "headroom_bytes": self.headroom_bytes,
             },
             "training_step": asdict(self.training),
+            "generating_gpu": None
+            if run.rollout is None
+            else {
+                "weights_bytes": rollout_weight_bytes(run),
+                "kv_cache_bytes": rollout_kv_cache_bytes(run),
+            },
             "grpo_step": None if self.grpo is None else grpo_as_dict(self.grpo),
             "whole_run": asdict(self.whole) | {"steps": run.steps},
         }
