@@ -11,7 +11,7 @@ from typing import Any
 from ..model.config import ConfigEntries
 from .shape import MlaShape, ModelShape, MoeShape
 
-PLANNED_FAMILIES = (
+PLANNABLE_FAMILIES = (
     "llama", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss",
 )  # fmt: skip
 """Values of model_type that can be planned."""
@@ -56,8 +56,8 @@ class _ShapeReader(ConfigEntries):
 
     def _family(self) -> str:
         family = self.left.pop("model_type", None)
-        if family not in PLANNED_FAMILIES:
-            self.fail(f"model_type {family!r} can't be planned: use one of {', '.join(PLANNED_FAMILIES)}")
+        if family not in PLANNABLE_FAMILIES:
+            self.fail(f"model_type {family!r} can't be planned: use one of {', '.join(PLANNABLE_FAMILIES)}")
         for architecture in self.left.pop("architectures", None) or ():
             if not str(architecture).endswith("ForCausalLM"):
                 self.fail(f"architectures {architecture!r}: only language models (...ForCausalLM) can be planned")
@@ -71,8 +71,8 @@ class _ShapeReader(ConfigEntries):
         if self.boolean("mlp_bias", default=False):
             self.fail("mlp_bias True is not planned: only MLPs without biases are")
         for key in ("decoder_sparse_step", "moe_layer_freq"):
-            if self.count(key, default=1) != 1:
-                self.fail(f"{key} other than 1 is not planned: dense layers must come first, all others have experts")
+            if (every := self.count(key, default=1)) != 1:
+                self.fail(f"{key} {every} is not planned: only 1 is, experts in every layer after the leading dense ones")
 
     def _kv_heads(self, family: str, heads: int) -> int:
         # Required where transformers' default is some checkpoint's number instead of a rule.
@@ -162,7 +162,7 @@ class _ShapeReader(ConfigEntries):
         if family == "gpt_oss":
             alternating = [("sliding_attention", "full_attention")[layer % 2] for layer in range(layers)]
             if kinds not in (None, alternating):
-                self.fail("layer_types of gpt_oss other than sliding_attention, full_attention in turn are not planned")
+                self.fail(f"layer_types {kinds} is not planned: only sliding_attention and full_attention in turn are")
             return self.count("sliding_window")
         if kinds not in (None, ["full_attention"] * layers):
             self.fail(f"layer_types {sorted(set(kinds))} x {len(kinds)} is not planned: full_attention x {layers} is")
