@@ -177,7 +177,7 @@ def test_of_the_engines_own_config() -> None:
         ("mixtral-8x7b", {"sliding_window": 4096}, "sliding_window 4096"),
         ("gpt-oss-20b", {"attention_bias": False}, "attention_bias False is not planned for gpt_oss: only True"),
         ("gpt-oss-20b", {"sliding_window": None}, "'sliding_window' is missing"),
-        ("gpt-oss-20b", {"layer_types": ["full_attention"] * 24}, "is not planned: only sliding_attention and full_attention in turn are"),
+        ("gpt-oss-20b", {"layer_types": ["full_attention"] * 24}, "only sliding_attention and full_attention in turn"),
         ("deepseek-v3", {"num_key_value_heads": 8}, "latent attention has one key a head"),
         ("deepseek-v3", {"moe_layer_freq": 2}, "moe_layer_freq 2 is not planned"),
         ("deepseek-v3", {"first_k_dense_replace": 61}, "first_k_dense_replace 61 leaves none"),
