@@ -118,7 +118,7 @@ def shape_of_model(model: str) -> ModelShape:
     if model == "tiny":
         from strop.engine.model.sources import TINY_CONFIG
 
-        return replace(ModelShape.from_hf(TINY_CONFIG.to_hf(), "tiny"), name="tiny")
+        return ModelShape.from_model_config(TINY_CONFIG, "tiny")
     return SHAPES[model] if model in SHAPES else shape_at(Path(model))
 
 
