@@ -17,12 +17,12 @@ from planner_training_row import TrainingRow
 from strop.engine.plan.training import train_step
 
 PACKAGE = "strop.engine.plan"
-ROUNDS = 6
+ROUNDS = 8
 STEP = 0.02
 """Of a constant's logarithm, for the finite differences."""
 LARGEST_MOVE = 0.2
 """Of a constant's logarithm in one round."""
-PRIOR_WEIGHT = 0.05
+PRIOR_WEIGHT = 0.02
 """How strongly a constant is held at its present value: the rows decide wherever they say anything."""
 
 
@@ -67,13 +67,9 @@ def _modules() -> list[ModuleType]:
 
 
 FITTED: tuple[FittedConstant, ...] = (
-    FittedConstant(
-        "efficiency", "SUSTAINED_FRACTION", "tensor-core clock of a training step, bf16", ("hopper", "bf16"), at_most=1.0
-    ),
-    FittedConstant("efficiency", "SUSTAINED_FRACTION", "the same, FP8", ("hopper", "fp8-tensorwise"), at_most=1.0),
-    FittedConstant("efficiency", "POWER_EXPONENT", "of the clock under a lower power limit", at_most=1.0),
-    FittedConstant("layer_time", "FUSED_PASSES", "bytes that fused element-wise kernels move over the fewest possible"),
+    FittedConstant("layer_time", "FUSED_PASSES", "seconds of fused element-wise kernels over those of the fewest bytes"),
     FittedConstant("training", "EAGER_GAP_SECONDS", "between two kernels of an eager step"),
+    FittedConstant("efficiency", "POWER_EXPONENT", "of the clock under a lower power limit", at_most=1.0),
 )
 
 

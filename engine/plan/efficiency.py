@@ -38,8 +38,9 @@ SGLang's, 0.90 in TensorRT-LLM's, 1.0 in vLLM's; FP8 0.93-0.99; A100 0.98; B200 
 said: H20's tensor cores and products in fp32 don't reach the limit."""
 FULL_POWER_WATTS: dict[Architecture, float] = {"ampere": 400, "hopper": 700, "h20": 400, "blackwell": 1000}
 """Power limit of the boards that SUSTAINED_FRACTION was measured on ..."""
-POWER_EXPONENT = 0.4
-"""... and how the clock follows another limit: power grows with clock times voltage squared, and the voltage with the clock."""
+POWER_EXPONENT = 1.0
+"""... and how the clock follows another limit: 1/3 where the voltage falls with it, up to 1 where the voltage is at its lowest.
+Fitted on rows at 500 W (benchmarks/planner.py --fit), at its bound: part of the power never becomes clock."""
 
 MAINLOOP_FRACTION: dict[Architecture, dict[Precision, float]] = {
     "ampere": {"bf16": 0.824, "fp32": 0.8},

@@ -37,7 +37,7 @@ QUANTIZE_BYTES = {
     # FP8 input is read and written once more, and the gradient is quantised a second time.
     "fp8-blockwise": QuantizeBytes(forward=3, backward_input=3, weight_input=2, weight_gradient=3),
 }
-FUSED_PASSES = 2.8
+FUSED_PASSES = 2.6
 """Seconds of element-wise operations as training libraries fuse them over those of the fewest bytes that they could move:
 layout copies, fp32 intermediates, kernels below the memory's bandwidth. Fitted on rows (benchmarks/planner.py --fit)."""
 EAGER_PASSES = 4.0

@@ -42,7 +42,7 @@ PARTS = (
     "exposed_expert", "exposed_pipeline", "bubble", "exposed_data", "optimizer",
 )  # fmt: skip
 """Of StepTime.parts_seconds. The first four are computation, launch is time in which the GPU waits for its CPU."""
-EAGER_GAP_SECONDS = 7.3e-6
+EAGER_GAP_SECONDS = 9e-6
 """Between one kernel's end and the next one's start in an eager step, beyond what efficiency.LAUNCH_SECONDS has: the CPU's
 PyTorch, autograd and Python don't stay ahead of the GPU. Fitted on rows (benchmarks/planner.py --fit)."""
 EXPOSED_PART = {"tp": "exposed_tensor", "cp": "exposed_context", "ep": "exposed_expert", "etp": "exposed_expert"}
