@@ -62,7 +62,7 @@ class StepTime:
     model_flops_utilization: float
     """Of the device's dense bf16 peak, whatever the precision."""
     transfers: tuple[Transfer, ...]
-    """Of the busiest rank."""
+    """Of the busiest rank; those of gradients and weights of the rank that takes longest for them."""
     stage_seconds: tuple[float, ...]
     """What each pipeline rank is busy with its micro-batches."""
 
@@ -110,18 +110,14 @@ def train_step(run: PlannedRun) -> StepTime:
     stage = run.stages()[pipeline.bottleneck]
     visits = _visits(run, stage)
     parts = _parts(run, chunks, visits, pipeline)
-    last_passes = sum((chunks[chunk] for chunk in visits), NOTHING).stage_seconds()
     transfers = _layer_transfers(run, chunks, visits, parts["exposed_expert"])
     if run.layout.pp > 1:
         sent, hop = pipeline_hop(work)
         count = 2 * len(visits) * run.microbatches  # activations one way, gradients the other
         transfers.append(Transfer("pp", "send_recv", count * sent, count, count * hop, pipeline.hop_seconds))
-    if not run.training.fsdp or run.layout.pp > 1:
-        beside = (last_passes.forward + last_passes.forward_exchange, last_passes.backward + last_passes.backward_exchange)
-        data = data_parallel_transfers(work, stage, *beside)
-        parts["exposed_data"] += sum(one.exposed_seconds for one in data)
-        transfers += data
-    parts["optimizer"] = optimizer_seconds(work, stage)
+    exposed, parts["optimizer"], data = _update(work, chunks)
+    parts["exposed_data"] += exposed
+    transfers += data
     step_seconds = sum(parts.values())
     tokens_per_second = run.step_tokens / step_seconds / run.training_gpus
     shape = run.shape
@@ -135,6 +131,22 @@ def train_step(run: PlannedRun) -> StepTime:
         transfers=tuple(transfers),
         stage_seconds=pipeline.busy_seconds,
     )
+
+
+def _update(work: Work, chunks: Sequence[PassTime]) -> tuple[float, float, list[Transfer]]:
+    """(seconds of exposed exchange, seconds of the optimizer, transfers) of the pipeline rank whose update takes longest: all
+    ranks wait for each other in the gradients' norm."""
+    run = work.run
+    updates = {}
+    for stage in run.stages():
+        held = (*sorted(run.shape.kind(layer) for layer in stage.layers), stage.has_embedding, stage.has_head)
+        if held in updates:
+            continue
+        passes = sum((chunks[chunk] for chunk in _visits(run, stage)), NOTHING).stage_seconds()
+        beside = (passes.forward + passes.forward_exchange, passes.backward + passes.backward_exchange)
+        data = [] if run.training.fsdp and run.layout.pp == 1 else data_parallel_transfers(work, stage, *beside)
+        updates[held] = sum(one.exposed_seconds for one in data), optimizer_seconds(work, stage), data
+    return max(updates.values(), key=lambda update: update[0] + update[1])
 
 
 def chunk_times(work: Work) -> list[PassTime]:
