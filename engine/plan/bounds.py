@@ -20,6 +20,7 @@ from .run import PlannedRun, Stage, TrainingPlan
 from .shape import ModelShape
 from .states import rank_state_bytes, replicas
 from .training import layer_pass
+from .update_time import data_parallel_transfers, optimizer_seconds
 
 Array = NDArray[np.float64]
 
@@ -54,6 +55,21 @@ class Bounds:
         # while zero bubble may compute weight gradients.
         fill_and_drain = waiting[:, 0] if layout.schedule == "zero-bubble" else waiting[:, :2].sum(axis=1)
         return float((busy + fill_and_drain).max())
+
+    def update_at_least_seconds(self, run: PlannedRun) -> float:
+        """Seconds of the end of an optimizer step, exchanges of gradients and weights and Adam: of the rank with least of it."""
+        layout = run.layout
+        counts, _ = _pipeline(run.shape, layout.pp, layout.schedule, layout.vpp, run.stage_layers)
+        forward, backward, forward_exchange, backward_exchange = (counts @ self._piece_seconds(run)).T
+        work = Work(run, device_named(run.device))
+        alike: dict[tuple[float, ...], float] = {}
+        for stage, held in zip(run.stages(), map(tuple, counts), strict=True):
+            if held not in alike:
+                rank = stage.index
+                beside = (forward[rank] + forward_exchange[rank], backward[rank] + backward_exchange[rank])
+                data = () if run.training.fsdp and layout.pp == 1 else data_parallel_transfers(work, stage, *beside)
+                alike[held] = optimizer_seconds(work, stage) + sum(one.exposed_seconds for one in data)
+        return min(alike.values())
 
     def at_least_forward_seconds(self, run: PlannedRun) -> float:
         """Seconds of forward passes of all micro-batches of an optimizer step, as log-probs need them."""

@@ -5,6 +5,8 @@ products, a multiply and an add counting as two; norms, activations, rotations a
 FLOPS number (what they cost is the traffic they cause, not their operations).
 """
 
+from functools import lru_cache
+
 from .shape import ModelShape
 
 LAYER_KINDS = ("attention", "dense_mlp", "experts", "shared_experts", "router", "norms")
@@ -23,6 +25,11 @@ def parameters(shape: ModelShape) -> dict[str, int]:
     A tied head counts 0. MTP modules count with projection, norms and layer; embedding and head they share with the model
     (DeepSeek-V3's checkpoint stores them twice).
     """
+    return dict(_parameters(shape))
+
+
+@lru_cache(maxsize=16)  # a search asks for the same model's thousands of times
+def _parameters(shape: ModelShape) -> dict[str, int]:
     counts = dict.fromkeys(MODEL_KINDS, 0)
     for layer in range(shape.num_layers):
         for kind, count in layer_parameters(shape, layer).items():

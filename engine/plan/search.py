@@ -17,7 +17,7 @@ from .bounds import Bounds
 from .candidates import SearchSpace, layouts, least_work, memory_settings, recompute_choices, rollouts
 from .check import check, needs, predict
 from .devices import device_named
-from .grpo import GrpoStep, optimizer_step_run
+from .grpo import SAMPLE_SECONDS, SWITCH_SECONDS, GrpoStep, host_copy_seconds, optimizer_step_run
 from .memory import colocated_rollout_memory, memory_per_rank, training_memory, worst_stage
 from .rollout import rollout_time
 from .run import PlannedRun, RolloutPlan, TrainingPlan
@@ -28,7 +28,7 @@ from .weight_sync import weight_sync_time
 
 __all__ = ["Rejection", "SearchResult", "SearchSpace", "check", "search"]
 
-RANKED = 20
+RANKED = 10
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,8 @@ class _Search:
                 self.rejected.append(Rejection(run, str(found[0]), f"{found[0].setting} {found[0].value}"))
                 continue
             for fitting, engine_seconds in self._fitting(run, engines):
-                heapq.heappush(queue, (self._at_least_seconds(fitting, engine_seconds), next(tick), fitting, True))
+                seconds = self._at_least_seconds(fitting, engine_seconds, settled=True)
+                heapq.heappush(queue, (seconds, next(tick), fitting, True))
 
     def _fitting(self, run: PlannedRun, engines: list[_Engines]) -> list[tuple[PlannedRun, float]]:
         """Of the allowed settings, those that fit and recompute (or offload) no more than another one that fits."""
@@ -201,14 +202,23 @@ class _Search:
                 return full, one.seconds
         return None
 
-    def _at_least_seconds(self, run: PlannedRun, engine_seconds: float) -> float:
+    def _at_least_seconds(self, run: PlannedRun, engine_seconds: float, settled: bool = False) -> float:
+        """Of a step of the run; settled: nothing about its memory is open, so that its update and offload can be counted."""
         step_run = self._step_run(run)
         step_seconds = self.bounds.at_least_seconds(step_run)
+        if settled:
+            step_seconds += self.bounds.update_at_least_seconds(step_run)
         plan = run.rollout
         if plan is None:
             return step_seconds
         forward_seconds = self.bounds.at_least_forward_seconds(step_run) * (plan.old_logprobs + plan.reference)
         learner_seconds = plan.optimizer_steps * (forward_seconds + plan.train_epochs * step_seconds)
+        learner_seconds += plan.prompts_per_step * plan.group_size * SAMPLE_SECONDS
+        if run.placement == "colocated" and plan.weight_sync != "alias":
+            learner_seconds += SWITCH_SECONDS
+        if settled and plan.offload_training:
+            learner_seconds += host_copy_seconds(step_run, ("weights", "optimizer"))
+            learner_seconds += host_copy_seconds(step_run, ("weights",)) if plan.reference else 0.0
         return max(engine_seconds, learner_seconds) if plan.steps_ahead else engine_seconds + learner_seconds
 
     def _step_run(self, run: PlannedRun) -> PlannedRun:
