@@ -30,7 +30,7 @@ SEQUENCES, SEQUENCE_TOKENS = 4, 12
 TENSOR_CALLS = ("all_reduce", "broadcast", "reduce", "all_gather", "gather", "scatter", "reduce_scatter", "all_to_all",
                 "all_gather_into_tensor", "all_gather_single", "reduce_scatter_tensor", "reduce_scatter_single",
                 "all_to_all_single", "send", "recv", "barrier")  # fmt: skip
-"""Calls of torch.distributed besides batch_isend_irecv, whose isend and irecv are compared by identity, and object collectives."""
+"""Beside these, the engine's sends and receives go through batch_isend_irecv, which is counted too."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def test_every_byte_of_a_real_step_is_predicted(run_ranks, ranks: int, dtype: to
 
 
 def test_rows_that_do_not_divide_are_padded(run_ranks) -> None:
-    """The planner leaves out this engine's padding: at most (ranks - 1) rows of each tensor, of which a rank sends its share."""
+    """The planner leaves out this engine's padding: at most ranks - 1 rows of each tensor."""
     config = replace(CONFIG, vocab_size=37)
     predicted = predicted_bytes(config, torch.float32, 2)
     for calls in counted(run_ranks, 2, config, torch.float32):
