@@ -73,6 +73,21 @@ FITTED: tuple[FittedConstant, ...] = (
 )
 
 
+FITTED_ELSEWHERE: tuple[tuple[str, str], ...] = (
+    (
+        "efficiency (curves of products and attention), collectives (start and fill)",
+        "kernel tables of aiconfigurator-core 0.12.0",
+    ),
+    ("collectives.BESIDE_COMPUTE_FRACTION", "the DualPipe trace"),
+    ("memory.FRAGMENTATION", "19 peaks of MooreThreads/SimuMax"),
+    ("decode.HOST_STEP_SECONDS, HOST_SEQUENCE_SECONDS; grpo.SWITCH_SECONDS, HOST_COPY_FRACTION", "NeMo-RL v0.3's phases"),
+    ("decode.NETWORK_REDUCE_SECONDS", "NeMo-RL's Qwen3-235B rows"),
+    ("decode.EAGER_OPERATION_SECONDS", "verl's Qwen3-30B-A3B row"),
+    ("weight_sync", "published seconds of weight synchronisation (its docstrings)"),
+)
+"""Constants of the other sections, and what they saw."""
+
+
 def log_errors(rows: Sequence[TrainingRow]) -> np.ndarray:
     return np.array([math.log(train_step(row.run).step_seconds / row.published_step_seconds) for row in rows])
 

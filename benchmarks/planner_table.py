@@ -15,6 +15,8 @@ class Compared:
     predicted: float
     target: float | None = None
     """Largest |error| that counts as met; None: reported without a target."""
+    stated: str = ""
+    """The published figure in its own unit, where that is another."""
     kind: str = ""
     """fitted or held out, where constants were fitted on some of the section's figures."""
     source: str = ""
@@ -60,7 +62,9 @@ class Section:
 
     def markdown(self) -> str:
         columns = ["", f"published, {self.unit}", f"planner, {self.unit}", "error"]
-        optional = [name for name in ("kind", "source", "note") if any(getattr(figure, name) for figure in self.figures)]
+        optional = [
+            name for name in ("stated", "kind", "source", "note") if any(getattr(figure, name) for figure in self.figures)
+        ]
         lines = [f"| {' | '.join(columns + optional)} |", f"|---|---:|---:|---:|{'---|' * len(optional)}"]
         for figure in self.figures:
             error = f"{figure.error:+.1%}" + (" **missed**" if figure.missed else "")
@@ -78,6 +82,7 @@ class Section:
                 f"planner ({self.unit})": figure.predicted,
                 "error": figure.error,
                 "target": figure.target,
+                "stated": figure.stated,
                 "kind": figure.kind,
                 "source": figure.source,
                 "note": figure.note,

@@ -36,6 +36,12 @@ class TrainingRow:
     """The publisher counts the multi-token-prediction modules."""
 
     @property
+    def stated(self) -> str:
+        """The published figure in its own unit."""
+        unit = {"step_seconds": "s", "tokens_per_second_per_gpu": "tokens/s/GPU", "tflops_per_gpu": "TFLOPS"}[self.unit]
+        return f"{self.published:,.7g} {unit}"
+
+    @property
     def published_step_seconds(self) -> float:
         """Seconds of an optimizer step, from whichever figure is published."""
         run = self.run

@@ -46,9 +46,13 @@ def test_the_committed_document_is_what_the_command_yields(planner, sections, co
     assert without_versions(text) == without_versions(written), "run: python benchmarks/planner.py --no-search"
 
 
-def test_training_targets(planner, sections):
+def test_targets_are_met_where_they_were(planner, sections):
     summary = sections["training"].summary
-    assert summary["median all"] <= planner.MEDIAN_TARGET and summary["median held out"] <= planner.MEDIAN_TARGET
+    assert max(summary["median all"], summary["median held out"]) <= planner.MEDIAN_TARGET
+    assert summary["worst all"] <= planner.WORST_TARGET
+    for name in ("deepseek_v3_step", "flops"):
+        assert not [figure.name for figure in sections[name].figures if figure.missed]
+    assert sum(not figure.missed for figure in sections["rl"].figures) >= 6
 
 
 def test_at_most_half_of_the_rows_are_fitted_and_kinds_are_spread(planner):
