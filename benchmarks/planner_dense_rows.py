@@ -1,6 +1,6 @@
 """Published training runs of dense models. `planner_rows` has the order and says which are fitted."""
 
-from planner_training_row import AUTOMODEL_PLAN, BRIDGE, BRIDGE_PLAN, BRIDGE_RECIPES, TrainingRow, planned
+from planner_training_row import AUTOMODEL_PLAN, BRIDGE, BRIDGE_FP8, BRIDGE_RECIPES, TrainingRow, planned
 
 from strop.engine.plan.run import PlannedRun
 
@@ -24,20 +24,18 @@ def _bridge_dense() -> list[TrainingRow]:
         8192,
         128,
         fsdp=True,
-        precision="fp8-tensorwise",
         recompute=("layer",),
         recompute_layers=5,
-        **BRIDGE_PLAN,
+        **BRIDGE_FP8,
     )
-    fp8_70b = {"precision": "fp8-tensorwise", "tp": 4, "vpp": 5, **BRIDGE_PLAN}
+    fp8_70b = {"tp": 4, "vpp": 5, **BRIDGE_FP8}
     fp8_405b = {
-        "precision": "fp8-tensorwise",
         "tp": 8,
         "cp": 2,
         "pp": 8,
         "vpp": 8,
         "stage_layers": LLAMA_405B_STAGES,
-        **BRIDGE_PLAN,
+        **BRIDGE_FP8,
     }
     llama = f"{BRIDGE_RECIPES}/llama/h100"
     return [
@@ -180,7 +178,9 @@ def _other_dense() -> list[TrainingRow]:
         TrainingRow(
             "automodel llama3-70b",
             "Llama3-70B bf16, 64 GPUs, FSDP, CP 2",
-            planned("llama3-70b", 64, 8192, 128, cp=2, attention_kernel="flash2", **AUTOMODEL_PLAN),
+            planned(
+                "llama3-70b", 64, 8192, 128, cp=2, attention_kernel="flash2", **{**AUTOMODEL_PLAN, "moment_dtype_bytes": 4}
+            ),
             18.90,
             "step_seconds",
             f"Automodel docs/performance-summary.mdx (2026-04); {cfg_70b}",

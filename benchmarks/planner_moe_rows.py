@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from planner_training_row import AUTOMODEL_PLAN, BRIDGE, BRIDGE_PLAN, BRIDGE_RECIPES, TrainingRow, planned
+from planner_training_row import AUTOMODEL_PLAN, BRIDGE, BRIDGE_FP8, BRIDGE_PLAN, BRIDGE_RECIPES, TrainingRow, planned
 
 from strop.engine.plan.devices import DEVICES
 from strop.engine.plan.models import SHAPES
@@ -80,7 +80,7 @@ def _qwen_30b() -> list[TrainingRow]:
         TrainingRow(
             "bridge qwen3-30b",
             "Qwen3-30B-A3B fp8, 16 GPUs, HybridEP",
-            bridge(precision="fp8-tensorwise"),
+            bridge(**BRIDGE_FP8),
             8960,
             "tokens_per_second_per_gpu",
             f"{BRIDGE} 26.04.01; {recipe}",
@@ -104,11 +104,10 @@ def _qwen_235b() -> list[TrainingRow]:
         "tp": 2,
         "ep": 32,
         **stages,
-        "precision": "fp8-tensorwise",
         "dispatcher": "alltoall",
         "overlap_expert": True,
         "overlap_tensor": False,
-        **BRIDGE_PLAN,
+        **BRIDGE_FP8,
     }
     recipe = f"{BRIDGE_RECIPES}/qwen/h100/qwen3_moe.py"
 
@@ -212,7 +211,7 @@ def _deepseek() -> list[TrainingRow]:
         TrainingRow(
             "bridge deepseek-v3",
             "DeepSeek-V3 fp8, 1024 GPUs, DeepEP overlapped",
-            planned(shape, 1024, 4096, 8192, precision="fp8-tensorwise", **bridge),
+            planned(shape, 1024, 4096, 8192, **{**bridge, **BRIDGE_FP8}),
             338,
             "tflops_per_gpu",
             f"{BRIDGE} 25.09; {script}",

@@ -14,7 +14,13 @@ BRIDGE = "Megatron-Bridge docs/performance-summary-archive.md"
 BRIDGE_RECIPES = "src/megatron/bridge/perf_recipes"
 BRIDGE_PLAN = {"gradient_dtype_bytes": 2, "logits": "in-place"}
 """What all recipes of Megatron-Bridge share (grad_reduce_in_fp32 = False in _benchmark_common)."""
-AUTOMODEL_PLAN = {"fsdp": True, "logits": "materialized", "recompute": ("layer",)}
+BRIDGE_FP8 = {**BRIDGE_PLAN, "precision": "fp8-tensorwise", "weights_dtype_bytes": 1}
+"""And those in FP8 with current scaling (fp8_param_gather)."""
+AUTOMODEL_PLAN = {
+    "fsdp": True, "logits": "materialized", "recompute": ("layer",), "gradient_dtype_bytes": 2, "moment_dtype_bytes": 2,
+    "master_weights": False,
+}  # fmt: skip
+"""Models are made in bf16 and torch.optim.Adam keeps states of that type."""
 
 
 @dataclass(frozen=True)
