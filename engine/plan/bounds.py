@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 from ..config import Layout, PipelineSchedule
 from .activations import in_flight, kept_bytes, layer_working_bytes
 from .devices import device_named
+from .layer_exchange import DISPATCHER_MULTIPROCESSORS, contention_share
 from .layer_time import Operation, Work, embedding_operations, head_operations
 from .memory import FRAGMENTATION, outside_bytes
 from .run import PlannedRun, Stage, TrainingPlan
+from .schedules import StageSeconds, pair_seconds
 from .shape import ModelShape
 from .states import rank_state_bytes, replicas
 from .training import layer_pass
@@ -47,17 +49,25 @@ class Bounds:
             on_rank /= 2  # every stage is on two ranks, which share the micro-batches
         passes, exchanges = on_rank[:, :2].sum(axis=1), on_rank[:, 2:].sum(axis=1)
         if run.training.overlap_expert and layout.ep > 1:
-            busy = run.microbatches * np.maximum(passes, exchanges)
+            # All as one pair: the time of a pair is convex in its parts, so several pairs together take no less.
+            passes = np.array([self._paired_seconds(run, *rank) for rank in zip(passes, exchanges, strict=True)])
         else:
-            busy = run.microbatches * (passes + exchanges)
+            passes += exchanges
+        busy = run.microbatches * passes
         waiting = before @ pieces
         # The first micro-batch reaches a rank through the ranks before it, and the last one leaves it backwards through them,
-        # while zero bubble may compute weight gradients.
-        fill_and_drain = waiting[:, 0] if layout.schedule == "zero-bubble" else waiting[:, :2].sum(axis=1)
+        # while schedules with split backward passes may still compute weight gradients.
+        drains = layout.schedule in ("1f1b", "interleaved")
+        fill_and_drain = waiting[:, :2].sum(axis=1) if drains else waiting[:, 0]
         return float((busy + fill_and_drain).max())
 
+    def _paired_seconds(self, run: PlannedRun, passes: float, exchanges: float) -> float:
+        multiprocessors = DISPATCHER_MULTIPROCESSORS[run.training.dispatcher]
+        contention = contention_share(Work(run, device_named(run.device)), multiprocessors)
+        return pair_seconds(StageSeconds(passes, 0.0, 0.0, exchanges), StageSeconds(0.0, 0.0, 0.0), contention)
+
     def update_at_least_seconds(self, run: PlannedRun) -> float:
-        """Seconds of the end of an optimizer step, exchanges of gradients and weights and Adam: of the rank with least of it."""
+        """Of the end of an optimizer step, exchanges of gradients and weights and Adam: of the rank with least of it."""
         layout = run.layout
         counts, _ = _pipeline(run.shape, layout.pp, layout.schedule, layout.vpp, run.stage_layers)
         forward, backward, forward_exchange, backward_exchange = (counts @ self._piece_seconds(run)).T

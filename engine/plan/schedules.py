@@ -97,9 +97,13 @@ def pipeline_time(
 def _extended(
     first: tuple[float, tuple[float, ...]], second: tuple[float, tuple[float, ...]], factor: float
 ) -> tuple[float, tuple[float, ...]]:
-    """`first`, and `factor` times what `second` has more."""
-    busy = tuple(a + factor * (b - a) for a, b in zip(first[1], second[1], strict=True))
-    return first[0] + factor * (second[0] - first[0]), busy
+    """`first`, and `factor` times what `second` has more; no faster than the busiest rank can go on.
+
+    While the others still wait for the first micro-batches, that rank's work may fill gaps, so that `second` has less more.
+    """
+    more = [b - a for a, b in zip(first[1], second[1], strict=True)]
+    busy = tuple(a + factor * b for a, b in zip(first[1], more, strict=True))
+    return first[0] + factor * max(second[0] - first[0], *more), busy
 
 
 def _settled_microbatches(pp: int, microbatches: int) -> int:
