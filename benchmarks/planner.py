@@ -52,7 +52,7 @@ def training_section() -> Section:
     fitted = sum(figure.kind == FITTED_KIND for figure in figures)
     text = (
         f"{len(figures)} runs of {len(by_family)} families (a publisher and a model). Constants saw only the {fitted} fitted "
-        "ones: every second family on Hopper, by a rule older than the first prediction. Only constants are held out: formulas, "
+        "ones: every second family on Hopper, by a rule older than any prediction. Only constants are held out: formulas, "
         "and details of recipes that misses brought to light, were worked on with all rows in view. Tokens/s and TFLOPS became "
         f"seconds by the batch and the publisher's FLOP convention. Target: median |error| at most {MEDIAN_TARGET:.0%}, "
         f"worst {WORST_TARGET:.0%}."
