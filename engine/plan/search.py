@@ -10,6 +10,7 @@ import time
 from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import count
 
 from ..config import InputError
@@ -36,11 +37,23 @@ class Rejection:
     """A run that doesn't work and why."""
 
     run: PlannedRun
-    reason: str
     cause: str
-    """What rejections for the same reason share, whatever their numbers."""
-    need_bytes: float = 0.0
-    """Where memory is the reason: what the fullest rank needs at the least."""
+    """What rejections for the same reason share, whatever their numbers; "memory" where that is the reason."""
+    problem: str = ""
+    """What is wrong with its settings; "" where memory is the reason."""
+    at_least_bytes: float = 0.0
+    """Where memory is the reason: a bound on what the fullest rank needs."""
+    budget_bytes: float = 0.0
+
+    @cached_property
+    def reason(self) -> str:
+        """Why it fails, with the wrong numbers."""
+        return self.problem or needs(worst_stage(memory_per_rank(self.run)), self.budget_bytes)
+
+    @cached_property
+    def need_bytes(self) -> float:
+        """Where memory is the reason: what the fullest rank needs; else 0."""
+        return 0.0 if self.problem else worst_stage(memory_per_rank(self.run)).total_bytes
 
     def __iter__(self) -> Iterator:
         return iter((self.run, self.reason))
@@ -64,13 +77,24 @@ class SearchResult:
         groups: dict[str, list[Rejection]] = {}
         for rejection in self.rejected:
             groups.setdefault(rejection.cause, []).append(rejection)
-        nearest = [(min(group, key=lambda one: one.need_bytes).reason, len(group)) for group in groups.values()]
-        return sorted(nearest, key=lambda reason: -reason[1])
+        return sorted(((_nearest(group).reason, len(group)) for group in groups.values()), key=lambda reason: -reason[1])
 
     @property
     def smallest_need_bytes(self) -> float:
         """The least memory that any of the layouts rejected for it needs a GPU; 0 if there is none."""
-        return min((one.need_bytes for one in self.rejected if one.need_bytes), default=0.0)
+        too_large = [one for one in self.rejected if not one.problem]
+        return _nearest(too_large).need_bytes if too_large else 0.0
+
+
+def _nearest(rejections: list[Rejection]) -> Rejection:
+    """The one that needs least memory; its exact need is asked only of those whose bound is below the least found."""
+    nearest: Rejection | None = None
+    for one in sorted(rejections, key=lambda one: one.at_least_bytes):
+        if nearest is not None and one.at_least_bytes >= nearest.need_bytes:
+            break
+        if nearest is None or one.need_bytes < nearest.need_bytes:
+            nearest = one
+    return nearest
 
 
 @dataclass(frozen=True)
@@ -129,7 +153,7 @@ class _Search:
             try:
                 seconds = rollout_time(run).total_seconds + run.rollout.reward_seconds + weight_sync_time(run).seconds
             except InputError as error:
-                self.rejected.append(Rejection(run, str(error), "rollout"))
+                self.rejected.append(Rejection(run, "rollout", str(error)))
                 continue
             key = (run.placement, run.rollout.gpus, run.rollout.offload_training)
             groups.setdefault(key, []).append(_Engines(run, seconds))
@@ -157,7 +181,7 @@ class _Search:
                 continue
             found = problems(run)
             if found:
-                self.rejected.append(Rejection(run, str(found[0]), f"{found[0].setting} {found[0].value}"))
+                self.rejected.append(Rejection(run, f"{found[0].setting} {found[0].value}", str(found[0])))
                 continue
             for fitting, engine_seconds in self._fitting(run, engines):
                 seconds = self._at_least_seconds(fitting, engine_seconds, settled=True)
@@ -184,13 +208,9 @@ class _Search:
                 if least is None or need_bytes < least[0]:
                     least = need_bytes, settled
         if not fitting:
-            self.rejected.append(self._too_large(least[1]))
+            need_bytes, run = least
+            self.rejected.append(Rejection(run, "memory", at_least_bytes=need_bytes, budget_bytes=self.budget_bytes))
         return fitting
-
-    def _too_large(self, run: PlannedRun) -> Rejection:
-        worst = worst_stage(memory_per_rank(run))
-        largest = max(worst.parts_bytes, key=worst.parts_bytes.__getitem__)
-        return Rejection(run, needs(worst, self.budget_bytes), f"memory: {largest}", worst.total_bytes)
 
     def _beside(self, run: PlannedRun, engines: list[_Engines]) -> tuple[PlannedRun, float] | None:
         """The run with the fastest engines that leave it enough memory, and what they take."""
