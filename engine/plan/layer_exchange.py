@@ -209,8 +209,8 @@ def gathered_weights(work: Work, held: RankParameters, forward_seconds: float, b
         for axis, count in sharded
         if count
         for kind, direction, dtype_bytes in (
-            ("all_gather", "forward", training.weights_dtype_bytes),
-            ("all_gather", "backward", training.weights_dtype_bytes),
+            ("all_gather", "forward", training.gathered_weight_bytes),
+            ("all_gather", "backward", training.gathered_weight_bytes),
             ("reduce_scatter", "backward", training.gradient_dtype_bytes),
         )
     ]

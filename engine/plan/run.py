@@ -80,6 +80,21 @@ class TrainingPlan:
         """Of the sequences that attention stays inside."""
         return self.packed_length_tokens or self.sequence_length_tokens
 
+    @property
+    def element_bytes(self) -> int:
+        """Of an element of the hidden state, and of whatever isn't multiplied as FP8."""
+        return 4 if self.precision == "fp32" else 2
+
+    @property
+    def element_bytes(self) -> int:
+        """Of an activation, as it is kept and sent wherever nothing makes it FP8."""
+        return 4 if self.precision == "fp32" else 2
+
+    @property
+    def gathered_weight_bytes(self) -> int:
+        """Of a weight that FSDP gathers: fp32 shards are cast to the products' type before (FSDP2's MixedPrecisionPolicy)."""
+        return min(self.weights_dtype_bytes, self.element_bytes)
+
 
 @dataclass(frozen=True)
 class RolloutPlan:
@@ -201,6 +216,29 @@ class PlannedRun:
     def microbatch_tokens(self) -> int:
         """Tokens of a micro-batch on one context-parallel rank (tensor-parallel ranks share them)."""
         return self.training.micro_batch_sequences * self.training.sequence_length_tokens // self.layout.cp
+
+    @property
+    def expert_token_copies(self) -> float:
+        """Copies of a micro-batch's tokens that the experts of one rank compute; the busiest rank's where routing is uneven.
+
+        Tensor-parallel ranks divide the tokens before sending them, so none is sent twice; the etp ranks of an expert all get
+        its tokens.
+        """
+        layout, top_k = self.layout, self.shape.moe.top_k
+        return self.microbatch_tokens / layout.tp * layout.etp * top_k * self.training.expert_imbalance
+
+    @property
+    def pairs_passes(self) -> bool:
+        """Whether a forward and a backward pass run beside each other (TrainingPlan.overlap_expert)."""
+        return self.training.overlap_expert and self.layout.ep > 1
+
+    def recomputed_layers(self) -> frozenset[int]:
+        """The layers that TrainingPlan.recompute holds for: the first recompute_layers of each rank. With DualPipe the two
+        ranks that hold a layer agree on it."""
+        if not self.training.recompute:
+            return frozenset()
+        most = self.training.recompute_layers or self.shape.num_layers + self.shape.num_mtp_layers
+        return frozenset(layer for stage in self.stages() for layer in stage.layers[:most])
 
     @property
     def step_tokens(self) -> int:

@@ -23,13 +23,14 @@ def data_parallel_transfers(work: Work, stage: Stage, forward_seconds: float, ba
     """
     training = work.run.training
     held = rank_parameters(work.run, stage)
+    gathered_bytes = training.gathered_weight_bytes if training.fsdp else training.weights_dtype_bytes
     transfers = []
     for axis, parameters in (("zero", held.dense), ("edp", held.experts)):
         if not parameters:
             continue
         for kind, dtype_bytes, beside in (
             ("reduce_scatter", training.gradient_dtype_bytes, backward_seconds),
-            ("all_gather", training.weights_dtype_bytes, forward_seconds),
+            ("all_gather", gathered_bytes, forward_seconds),
         ):
             sent, seconds = collective(work, axis, kind, parameters * dtype_bytes)
             if not seconds:

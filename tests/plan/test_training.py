@@ -205,6 +205,20 @@ def test_fsdp_gathers_all_weights_twice_and_scatters_all_gradients_once_a_microb
     assert sent["reduce_scatter"] == pytest.approx(3 * wire_bytes("reduce_scatter", 4 * held, 8))
 
 
+@pytest.mark.parametrize("pp", [1, 2])
+def test_fsdp_gathers_fp32_shards_in_the_type_of_the_products(pp):
+    """FSDP2's MixedPrecisionPolicy casts a shard before it is gathered; ZeRO-1 gathers the weights as they are kept."""
+
+    def gathered_bytes(**training) -> float:
+        run = planned(DENSE, 8, layout=Layout(pp=pp), **training)
+        return sum(one.bytes_per_rank for one in train_step(run).transfers if one.kind == "all_gather")
+
+    half = gathered_bytes(fsdp=True, weights_dtype_bytes=2)
+    assert gathered_bytes(fsdp=True, weights_dtype_bytes=4) == half
+    assert gathered_bytes(fsdp=True, weights_dtype_bytes=4, precision="fp32") == 2 * half
+    assert gathered_bytes(weights_dtype_bytes=4) == 2 * gathered_bytes(weights_dtype_bytes=2)
+
+
 def test_tensor_parallel_collectives_of_a_step_are_counted():
     """With sequence parallel a dense layer gathers its input and scatters its output twice; backward the same and the inputs
     again. The head gathers once forward and twice backward."""
