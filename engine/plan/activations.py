@@ -38,8 +38,7 @@ class SavedTensor:
 
 
 def saved_tensors(run: PlannedRun, layer: int) -> tuple[SavedTensor, ...]:
-    """All tensors of one layer (or MTP module), as if nothing were recomputed; with every_second_product also the output of
-    the last product, which it keeps although nothing needs it."""
+    """All tensors of one layer (or MTP module), as if nothing were recomputed."""
     mlp = _dense_mlp(run) if run.shape.kind(layer) == "dense" else _moe(run)
     attention = _grouped_query_attention(run) if run.shape.mla is None else _latent_attention(run)
     return (*_norms(run, layer), *attention, *mlp)
@@ -48,16 +47,21 @@ def saved_tensors(run: PlannedRun, layer: int) -> tuple[SavedTensor, ...]:
 def kept_bytes(run: PlannedRun, layer: int, recompute: bool = True) -> float:
     """Bytes of one layer and micro-batch that wait for the backward pass; recompute: TrainingPlan.recompute holds for it."""
     recomputed = set(run.training.recompute) if recompute else set()
-    return sum(tensor.size_bytes for tensor in saved_tensors(run, layer) if not tensor.recomputed_by & recomputed)
+    kept = sum(tensor.size_bytes for tensor in saved_tensors(run, layer) if not tensor.recomputed_by & recomputed)
+    if "every_second_product" in recomputed:  # it keeps the down projection's output, although nothing needs it
+        kept += _split_tokens(run) * run.shape.hidden_size * run.training.element_bytes
+    return kept
 
 
 def in_flight(run: PlannedRun, rank: int) -> float:
     """Most micro-batches whose activations a pipeline rank holds at once, in units of all layers of that rank.
 
-    1F1B: pp - rank. Interleaved: 2 (pp - 1 - rank) + (vpp - 1) pp + 1 chunks of 1 / vpp (Megatron's warm-up and one), on the
-    first rank 1 + (pp - 1) / (pp vpp) times 1F1B's. Zero bubble (ZB-H1, arXiv 2401.10241): pp on every rank, since weight
-    gradients wait. DualPipe: pp + 1 stages, DualPipeV: 2 pp + 1 half-sized ones, of which a rank holds two (arXiv 2412.19437,
-    Table 2, and the DualPipe repository). Never more than the micro-batches that there are.
+    1F1B: pp - rank; 2 (pp - 1 - rank) + 1 where each forward pass runs beside a backward pass, for which it warms up so much
+    longer (`timeline.one_forward_one_backward`). Interleaved: 2 (pp - 1 - rank) + (vpp - 1) pp + 1 chunks of 1 / vpp
+    (Megatron's warm-up and one), on the first rank 1 + (pp - 1) / (pp vpp) times 1F1B's. Zero bubble (ZB-H1, arXiv
+    2401.10241): pp on every rank, since weight gradients wait. DualPipe: pp + 1 stages, DualPipeV: 2 pp + 1 half-sized ones,
+    of which a rank holds two (arXiv 2412.19437, Table 2, and the DualPipe repository). Never more than the micro-batches that
+    there are.
     """
     layout, available = run.layout, run.microbatches
     pp = layout.pp
@@ -71,7 +75,7 @@ def in_flight(run: PlannedRun, rank: int) -> float:
         return min(pp + 1, available) / 2
     if layout.schedule == "dualpipev":
         return min((2 * pp + 1) / 2, available)
-    return min(pp - rank, available)
+    return min(2 * (pp - 1 - rank) + 1 if run.pairs_passes else pp - rank, available)
 
 
 def stage_kept_bytes(run: PlannedRun, stage: Stage) -> float:
@@ -81,9 +85,9 @@ def stage_kept_bytes(run: PlannedRun, stage: Stage) -> float:
     backward pass has freed (DualPipe counts it in its pp + 1).
     """
     layers = [(kept_bytes(run, alike.example, alike.recomputed), alike.count) for alike in alike_layers(run, stage)]
-    is_ahead = run.training.overlap_expert and run.layout.schedule not in ("dualpipe", "dualpipev")
-    ahead = max(kept for kept, _ in layers) if is_ahead else 0.0
-    last_norm = 2 * _split_tokens(run) * run.shape.hidden_size * _element_bytes(run) if stage.has_head else 0.0
+    is_ahead = run.pairs_passes and run.layout.schedule not in ("dualpipe", "dualpipev")
+    ahead = max((kept for kept, _ in layers), default=0.0) if is_ahead else 0.0
+    last_norm = 2 * _split_tokens(run) * run.shape.hidden_size * run.training.element_bytes if stage.has_head else 0.0
     return sum(kept * count for kept, count in layers) * in_flight(run, stage.index) + ahead + last_norm
 
 
@@ -111,7 +115,7 @@ def head_working_bytes(run: PlannedRun, stage: Stage) -> tuple[float, float]:
         return 0.0, 0.0
     shape, training, tokens = run.shape, run.training, run.microbatch_tokens
     rows = shape.vocab_size / run.layout.tp
-    hidden = 2 * tokens * shape.hidden_size * _element_bytes(run)
+    hidden = 2 * tokens * shape.hidden_size * run.training.element_bytes
     if training.logits == "fused":
         return min(FUSED_LOGITS_BYTES, LOGIT_BYTES["materialized"] * tokens * rows), hidden
     split_eager = training.logits in ("eager", "retained") and run.layout.tp > 1
@@ -119,13 +123,9 @@ def head_working_bytes(run: PlannedRun, stage: Stage) -> tuple[float, float]:
     return logit_bytes * tokens * rows * (1 + shape.num_mtp_layers), hidden
 
 
-def _element_bytes(run: PlannedRun) -> int:
-    return 4 if run.training.precision == "fp32" else 2
-
-
 def _product_input_bytes(run: PlannedRun) -> int:
     """Of an element kept as a product's input alone: Transformer Engine keeps it in FP8 if the product is."""
-    return 1 if run.training.precision.startswith("fp8") else _element_bytes(run)
+    return 1 if run.training.precision.startswith("fp8") else run.training.element_bytes
 
 
 def _keeps_fp8(run: PlannedRun) -> bool:
@@ -135,7 +135,7 @@ def _keeps_fp8(run: PlannedRun) -> bool:
 
 
 def _gate_and_up_bytes(run: PlannedRun) -> int:
-    return 1 if _keeps_fp8(run) else _element_bytes(run)
+    return 1 if _keeps_fp8(run) else run.training.element_bytes
 
 
 def _is_ulysses(run: PlannedRun) -> bool:
@@ -159,16 +159,16 @@ def _kept_by_every_second(name: str, size: float, *recomputed_by: RecomputePart)
 def _norms(run: PlannedRun, layer: int) -> Iterator[SavedTensor]:
     state = _split_tokens(run) * run.shape.hidden_size
     moe = run.shape.kind(layer) == "moe"  # the router reads 16 bits
-    yield SavedTensor("layer input", state * _element_bytes(run), frozenset())
+    yield SavedTensor("layer input", state * run.training.element_bytes, frozenset())
     yield _tensor("attention norm output", state * _product_input_bytes(run), "norms")
-    yield _tensor("state after attention", state * _element_bytes(run))
-    yield _tensor("mlp norm output", state * (_element_bytes(run) if moe else _product_input_bytes(run)), "norms")
+    yield _tensor("state after attention", state * run.training.element_bytes)
+    yield _tensor("mlp norm output", state * (run.training.element_bytes if moe else _product_input_bytes(run)), "norms")
 
 
 def _grouped_query_attention(run: PlannedRun) -> Iterator[SavedTensor]:
     """Heads are split over tensor-parallel ranks. v is a view of the projection's output, which it keeps alive as a whole; q
     and k were rotated into tensors of their own. An all-to-all over heads (Ulysses) makes a new v too."""
-    shape, tokens, element = run.shape, run.microbatch_tokens, _element_bytes(run)
+    shape, tokens, element = run.shape, run.microbatch_tokens, run.training.element_bytes
     heads = shape.num_heads / run.layout.tp
     query = tokens * heads * shape.head_dim * element
     key = tokens * max(shape.num_kv_heads / run.layout.tp, 1) * shape.head_dim * element
@@ -186,7 +186,7 @@ def _grouped_query_attention(run: PlannedRun) -> Iterator[SavedTensor]:
 
 def _latent_attention(run: PlannedRun) -> Iterator[SavedTensor]:
     """MLA in its training form: compressed vectors on every rank, up-projected heads split."""
-    shape, mla, tokens, element = run.shape, run.shape.mla, run.microbatch_tokens, _element_bytes(run)
+    shape, mla, tokens, element = run.shape, run.shape.mla, run.microbatch_tokens, run.training.element_bytes
     heads = shape.num_heads / run.layout.tp
     compressed = _split_tokens(run) * (mla.q_rank + mla.kv_rank)
     yield _kept_by_every_second(
@@ -215,17 +215,13 @@ def _dense_mlp(run: PlannedRun) -> Iterator[SavedTensor]:
     yield _kept_by_every_second("gate", width * _gate_and_up_bytes(run), "dense_mlp")
     yield _tensor("up", width * _gate_and_up_bytes(run), "dense_mlp")
     yield _tensor("SwiGLU output", width * _product_input_bytes(run), "activation", "dense_mlp")
-    if "every_second_product" in run.training.recompute:
-        yield _kept_by_every_second(
-            "down projection's output", _split_tokens(run) * run.shape.hidden_size * _element_bytes(run)
-        )
 
 
 def _moe(run: PlannedRun) -> Iterator[SavedTensor]:
     """Expert tensors are those of the busiest rank. The router's probabilities multiply the SwiGLU output, so that the second
     product's output need not be kept (Megatron, moe_permute_fusion)."""
     shape, moe, tokens = run.shape, run.shape.moe, _split_tokens(run)
-    copies, width = _dispatched_tokens(run), moe.expert_intermediate_size / run.layout.etp
+    copies, width = run.expert_token_copies, moe.expert_intermediate_size / run.layout.etp
     yield _tensor("router", tokens * moe.num_experts * ROUTER_BYTES, "experts")
     yield _tensor("dispatched tokens", copies * shape.hidden_size * _product_input_bytes(run), "experts")
     yield _tensor("experts' gate and up", 2 * copies * width * _gate_and_up_bytes(run), "experts")
@@ -236,18 +232,13 @@ def _moe(run: PlannedRun) -> Iterator[SavedTensor]:
         yield _tensor("shared experts' SwiGLU output", shared * _product_input_bytes(run), "activation", "experts")
 
 
-def _dispatched_tokens(run: PlannedRun) -> float:
-    """Copies of tokens that the busiest expert-parallel rank computes of one micro-batch of each."""
-    return _split_tokens(run) * run.shape.moe.top_k * run.layout.etp * run.training.expert_imbalance
-
-
 def _gradient_bytes(run: PlannedRun, layer: int) -> float:
-    shape, tokens, element = run.shape, run.microbatch_tokens, _element_bytes(run)
+    shape, tokens, element = run.shape, run.microbatch_tokens, run.training.element_bytes
     tp = run.layout.tp
     if shape.kind(layer) == "dense":
         mlp = 2 * tokens * shape.dense_intermediate_size / tp
     else:
-        copies = _dispatched_tokens(run)
+        copies = run.expert_token_copies
         mlp = 2 * copies * (shape.moe.expert_intermediate_size / run.layout.etp + shape.hidden_size)
     widths = (shape.mla.nope_dim + shape.mla.rope_dim, shape.mla.value_dim) if shape.mla else (shape.head_dim, shape.head_dim)
     key_heads = shape.num_heads / tp if shape.mla else max(shape.num_kv_heads / tp, 1)

@@ -90,12 +90,8 @@ class Work:
 
     @property
     def routed_rows(self) -> float:
-        """Token copies that this rank's experts see; the busiest rank's where routing is uneven.
-
-        Tensor-parallel ranks never send the same token twice, with or without sequence parallel.
-        """
-        layout, training = self.run.layout, self.run.training
-        return self.tokens / layout.tp * layout.etp * self.run.shape.moe.top_k * training.expert_imbalance
+        """Token copies that this rank's experts see."""
+        return self.run.expert_token_copies
 
     @property
     def passes(self) -> float:

@@ -12,6 +12,7 @@ from .facts import kv_bytes_per_token, parameters
 from .run import PlannedRun, Stage
 from .states import (
     alike_layers,
+    attention_rank_matrices,
     gradient_placeholder_bytes,
     layer_rank_parameters,
     rank_parameters,
@@ -152,14 +153,17 @@ def colocated_rollout_memory(run: PlannedRun) -> tuple[StageMemory, ...]:
 
 
 def rollout_weight_bytes(run: PlannedRun) -> float:
-    """Weights on one GPU of a rollout engine with a layout of its own: tp splits all matrices, ep (if larger) the experts; the
-    mean over its pipeline ranks."""
-    rollout, counts = run.rollout, parameters(run.shape)
+    """Weights on one GPU of a rollout engine with a layout of its own: tp splits matrices, attention as in training
+    (`attention_rank_matrices`: some of it is on every rank), ep (if larger) the experts; the mean over its pipeline ranks."""
+    rollout, shape, counts = run.rollout, run.shape, parameters(run.shape)
     experts = counts["experts"] / max(rollout.ep, rollout.tp)
     replicated = counts["norms"] + counts["router"]
-    split = sum(counts.values()) - counts["experts"] - counts["mtp"] - replicated
-    tied_head = counts["embedding"] if run.shape.tie_embeddings and rollout.pp > 1 else 0
-    return (experts + replicated + (split + tied_head) / rollout.tp) / rollout.pp * rollout.weights_dtype_bytes
+    attention = shape.num_layers * attention_rank_matrices(shape, rollout.tp)
+    vectors = counts["attention"] - shape.num_layers * attention_rank_matrices(shape, 1)
+    split = vectors + counts["dense_mlp"] + counts["shared_experts"] + counts["embedding"] + counts["head"]
+    tied_head = counts["embedding"] if shape.tie_embeddings and rollout.pp > 1 else 0
+    held = experts + replicated + attention + (split + tied_head) / rollout.tp
+    return held / rollout.pp * rollout.weights_dtype_bytes
 
 
 def rollout_kv_cache_bytes(run: PlannedRun) -> float:
@@ -185,7 +189,7 @@ def communication_bytes(run: PlannedRun, stage: Stage) -> float:
     flight of ring attention, tensors between pipeline ranks. Dispatched tokens are with the activations; ZeRO-1 reduces and
     gathers in the buffers that hold gradients and weights."""
     training, layout, shape = run.training, run.layout, run.shape
-    element = 4 if training.precision == "fp32" else 2
+    element = training.element_bytes
     total = _fsdp_bytes(run, stage, element) if training.fsdp else 0.0
     if layout.cp > 1 and layout.cp_kind == "ring":
         mla = shape.mla  # its keys and values travel up-projected

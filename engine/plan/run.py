@@ -82,11 +82,6 @@ class TrainingPlan:
 
     @property
     def element_bytes(self) -> int:
-        """Of an element of the hidden state, and of whatever isn't multiplied as FP8."""
-        return 4 if self.precision == "fp32" else 2
-
-    @property
-    def element_bytes(self) -> int:
         """Of an activation, as it is kept and sent wherever nothing makes it FP8."""
         return 4 if self.precision == "fp32" else 2
 

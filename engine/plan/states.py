@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from .facts import layer_matrix_parameters, layer_parameters
-from .run import PlannedRun, Stage
+from .run import PlannedRun, Stage, TrainingPlan
 from .shape import ModelShape
 
 MASTER_BYTES = 4
@@ -60,15 +60,16 @@ class AlikeLayers:
     """One of them."""
     count: int
     recomputed: bool
-    """TrainingPlan.recompute holds for them (TrainingPlan.recompute_layers)."""
+    """TrainingPlan.recompute holds for them (`PlannedRun.recomputed_layers`)."""
 
 
 def alike_layers(run: PlannedRun, stage: Stage) -> list[AlikeLayers]:
     """What a pipeline rank holds, by sort: dense, with experts, MTP module; recomputed or not."""
-    first = run.training.recompute_layers or len(stage.layers)
+    recomputed = run.recomputed_layers() if run.training.recompute_layers else None  # None: all alike
     sorts: dict[tuple[str, bool, bool], list[int]] = {}
-    for place, layer in enumerate(stage.layers):
-        sorts.setdefault((run.shape.kind(layer), layer >= run.shape.num_layers, place < first), []).append(layer)
+    for layer in stage.layers:
+        again = bool(run.training.recompute) if recomputed is None else layer in recomputed
+        sorts.setdefault((run.shape.kind(layer), layer >= run.shape.num_layers, again), []).append(layer)
     return [AlikeLayers(layers[0], len(layers), recomputed) for (_, _, recomputed), layers in sorts.items()]
 
 
@@ -120,6 +121,11 @@ def replicas(run: PlannedRun) -> tuple[int, int]:
     return run.layout.dp * run.layout.cp * directions, run.edp * directions
 
 
+def master_bytes(training: TrainingPlan) -> int:
+    """Of the optimizer's own copy of a weight; 0 where it updates the weight itself."""
+    return MASTER_BYTES if training.master_weights and training.weights_dtype_bytes < MASTER_BYTES else 0
+
+
 def state_bytes_per_parameter(run: PlannedRun) -> tuple[StateBytes, StateBytes]:
     """Of a dense and of an expert parameter on the rank that holds it, without copies in FP8 (`fp8_copy_bytes`).
 
@@ -128,8 +134,7 @@ def state_bytes_per_parameter(run: PlannedRun) -> tuple[StateBytes, StateBytes]:
     An offloaded optimizer keeps its states and an fp32 copy of its shard's gradients in the host's memory.
     """
     training = run.training
-    master = MASTER_BYTES if training.master_weights and training.weights_dtype_bytes < MASTER_BYTES else 0
-    states = master + 2 * training.moment_dtype_bytes
+    states = master_bytes(training) + 2 * training.moment_dtype_bytes
     found = []
     for shards in replicas(run):
         held = shards if training.fsdp else 1
