@@ -9,8 +9,8 @@ ASYNC_TP = "torchtitan benchmarks/asyncTP_llama3_h100_2025-06_torchtitan.md"
 LLAMA3 = "arXiv 2407.21783, Table 4"
 LLAMA_405B_STAGES = (15, 16, 16, 16, 16, 16, 16, 15)
 """Embedding and loss take a layer's place each."""
-TITAN_PLAN = {"fsdp": True, "logits": "eager", "attention_kernel": "flash2"}
-"""torch's scaled_dot_product_attention and cross entropy."""
+TITAN_PLAN = {"fsdp": True, "weights_dtype_bytes": 4, "logits": "eager", "attention_kernel": "flash2"}
+"""fp32 shards, torch's scaled_dot_product_attention and cross entropy."""
 TITAN_8B = {**TITAN_PLAN, "recompute": ("every_second_product",)}
 TITAN_FULL = {**TITAN_PLAN, "recompute": ("layer",)}
 META_H100 = "h100-96gb-500w"
@@ -173,7 +173,7 @@ def _titan() -> list[TrainingRow]:
 def _other_dense() -> list[TrainingRow]:
     prime = "prime-rl benchmarks/baselines/benchmark-{}.json (2026-01)"
     cfg_70b = "examples/llm_benchmark/llama3_3/custom_llama3_1_70b_pretrain_benchmark_8nodes.yaml"
-    sft = {"fsdp": True, "logits": "eager", "recompute": ("layer",)}
+    sft = {"fsdp": True, "weights_dtype_bytes": 4, "logits": "eager", "recompute": ("layer",)}
     return [
         TrainingRow(
             "automodel llama3-70b",

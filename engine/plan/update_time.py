@@ -7,7 +7,7 @@ from .efficiency import memory_bound_seconds
 from .layer_exchange import collective, hidden_seconds
 from .layer_time import QUANTIZE_BYTES, Work
 from .run import Stage
-from .states import MASTER_BYTES, rank_parameters, replicas
+from .states import master_bytes, rank_parameters, replicas
 
 HOST_MEMORY_BYTES_PER_SECOND = 45e9
 """A GPU's share of its host's memory: eight channels of DDR5-4800 a socket, two sockets for eight GPUs (DGX H100 user guide:
@@ -43,9 +43,9 @@ def data_parallel_transfers(work: Work, stage: Stage, forward_seconds: float, ba
 
 
 def optimizer_seconds(work: Work, stage: Stage) -> float:
-    """Adam on a rank's shard, by the bytes it moves: gradients are cleared and their squares summed, then gradient, master
-    weight and both moments are read, the last three and the weight written. Offloaded, the same happens in the host's
-    memory, with gradients and weights over PCIe."""
+    """Adam on a rank's shard, by the bytes it moves: gradients are cleared and their squares summed, then gradient, weight (its
+    fp32 master where there is one) and both moments are read, the last three written, and with a master the weight too.
+    Offloaded, the same happens in the host's memory, with gradients and weights over PCIe."""
     return sum(seconds for _, seconds in _update_steps(work, stage))
 
 
@@ -56,11 +56,13 @@ def _update_steps(work: Work, stage: Stage) -> Iterator[tuple[str, float]]:
     shard = held.dense / dense_shards + held.experts / expert_shards
     kept = shard if training.fsdp and work.run.layout.pp == 1 else held.total
     gradient = training.gradient_dtype_bytes
-    update_bytes = shard * (gradient + 2 * (MASTER_BYTES + 2 * training.moment_dtype_bytes) + training.weights_dtype_bytes)
+    master, weight = master_bytes(training), training.weights_dtype_bytes
+    weight_moved = 2 * master + weight if master else 2 * weight
+    update_bytes = shard * (gradient + weight_moved + 4 * training.moment_dtype_bytes)
     yield "clear", memory_bound_seconds(device, kept * gradient)
     yield "norm", memory_bound_seconds(device, 2 * shard * gradient) + 2 * collective(work, _widest(work), "all_reduce", 8)[1]
     if training.offload_optimizer:
-        yield "copy", shard * (gradient + training.weights_dtype_bytes) / device.pcie_bytes_per_second
+        yield "copy", shard * (gradient + weight) / device.pcie_bytes_per_second
         yield "update", update_bytes / HOST_MEMORY_BYTES_PER_SECOND
     else:
         yield "update", memory_bound_seconds(device, update_bytes)

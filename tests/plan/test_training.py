@@ -11,6 +11,7 @@ from strop.engine.config import InputError, Layout
 from strop.engine.plan import layer_time
 from strop.engine.plan.collectives import wire_bytes
 from strop.engine.plan.devices import DEVICES, device_named
+from strop.engine.plan.efficiency import memory_bound_seconds
 from strop.engine.plan.facts import layer_forward_flops_per_token, train_flops_per_token
 from strop.engine.plan.layer_time import Work, head_operations, layer_operations
 from strop.engine.plan.models import SHAPES
@@ -203,6 +204,23 @@ def test_fsdp_gathers_all_weights_twice_and_scatters_all_gradients_once_a_microb
     sent = {one.kind: one.bytes_per_rank for one in train_step(run).transfers}
     assert sent["all_gather"] == pytest.approx(3 * 2 * wire_bytes("all_gather", 2 * held, 8))
     assert sent["reduce_scatter"] == pytest.approx(3 * wire_bytes("reduce_scatter", 4 * held, 8))
+
+
+@pytest.mark.parametrize(
+    "bytes_moved, states",
+    [
+        (4 + 2 * 4 + 2 * 8 + 2, {}),
+        (4 + 2 * 2 + 2 * 8, {"master_weights": False}),
+        (4 + 2 * 4 + 2 * 8, {"weights_dtype_bytes": 4}),
+        (2 + 2 * 4 + 2 * 4 + 2, {"gradient_dtype_bytes": 2, "moment_dtype_bytes": 2}),
+    ],
+)
+def test_adam_reads_and_writes_the_states_that_there_are(bytes_moved, states):
+    """Gradient, master and moments read, the last three and the weight written; without a master the weight is both."""
+    run = planned(DENSE, 1, layout=Layout(), global_batch_sequences=1, **states)
+    gradient = run.training.gradient_dtype_bytes
+    moved = rank_parameters(run, run.stages()[0]).total * (bytes_moved + 3 * gradient)  # cleared, read for the norm twice
+    assert train_step(run).parts_seconds["optimizer"] == pytest.approx(memory_bound_seconds(DEVICES["h100"], moved, 3))
 
 
 @pytest.mark.parametrize("pp", [1, 2])
