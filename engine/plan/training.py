@@ -112,9 +112,11 @@ def train_step(run: PlannedRun) -> StepTime:
     parts = _parts(run, chunks, visits, pipeline)
     transfers = _layer_transfers(run, chunks, visits, parts["exposed_expert"])
     if run.layout.pp > 1:
-        sent, hop = pipeline_hop(work)
-        count = 2 * len(visits) * run.microbatches  # activations one way, gradients the other
-        transfers.append(Transfer("pp", "send_recv", count * sent, count, count * hop, pipeline.hop_seconds))
+        sent, hop_seconds = pipeline_hop(work)
+        count = pipeline_messages(run, stage.index)
+        seconds = count * hop_seconds
+        # The step waits for hops between other ranks too; those aren't this rank's.
+        transfers.append(Transfer("pp", "send_recv", count * sent, count, seconds, min(seconds, pipeline.hop_seconds)))
     exposed, parts["optimizer"], data = _update(work, chunks)
     parts["exposed_data"] += exposed
     transfers += data
@@ -152,7 +154,7 @@ def _update(work: Work, chunks: Sequence[PassTime]) -> tuple[float, float, list[
 def chunk_times(work: Work) -> list[PassTime]:
     """A micro-batch through each chunk of layers, embedding and head with the first and the last one."""
     run, chunks = work.run, work.run.chunks()
-    recomputed = run.training.recompute_layers
+    recomputed = run.recomputed_layers()
     made: dict[tuple, PassTime] = {}
 
     def of_layer(layer: int, recompute: bool) -> PassTime:
@@ -162,13 +164,10 @@ def chunk_times(work: Work) -> list[PassTime]:
         return made[key]
 
     times = []
-    places: Counter[int] = Counter()  # layers that each rank has met
     for index, layers in enumerate(chunks):
-        rank = run.ranks_of_chunk()[index][0]
         total = NOTHING
         for layer in layers:
-            total += of_layer(layer, not recomputed or places[rank] < recomputed)
-            places[rank] += 1
+            total += of_layer(layer, layer in recomputed)
         if index == 0:
             total += _embedding_pass(work)
         if index == len(chunks) - 1:
@@ -236,12 +235,11 @@ def _pass(
 
 def pipeline_of(work: Work, chunks: Sequence[PassTime]) -> PipelineTime:
     """The chunks' micro-batches through the run's schedule."""
-    run, training = work.run, work.run.training
-    paired = training.overlap_expert and run.layout.ep > 1
-    contention = contention_share(work, DISPATCHER_MULTIPROCESSORS[training.dispatcher])
+    run, layout = work.run, work.run.layout
+    contention = contention_share(work, DISPATCHER_MULTIPROCESSORS[run.training.dispatcher])
     stages = [chunk.stage_seconds() for chunk in chunks]
     hop_seconds = pipeline_hop(work)[1]
-    return pipeline_time(run.layout.schedule, stages, run.layout.pp, run.microbatches, hop_seconds, paired, contention)
+    return pipeline_time(layout.schedule, stages, layout.pp, run.microbatches, hop_seconds, run.pairs_passes, contention)
 
 
 def pipeline_hop(work: Work) -> tuple[float, float]:
@@ -249,6 +247,19 @@ def pipeline_hop(work: Work) -> tuple[float, float]:
     if work.run.layout.pp == 1:
         return 0.0, 0.0
     return collective(work, "pp", "send_recv", BF16_BYTES * work.tokens_outside * work.run.shape.hidden_size)
+
+
+def pipeline_messages(run: PlannedRun, rank: int) -> int:
+    """Messages that a pipeline rank sends in a step: activations to the rank of each next chunk, gradients to that of the one
+    before, unless it holds that chunk itself."""
+    ranks = run.ranks_of_chunk()
+    count = 0
+    for chunk, holders in enumerate(ranks):
+        if rank in holders:
+            way = holders.index(rank)  # of DualPipe's two directions
+            neighbours = [ranks[other][way] for other in (chunk - 1, chunk + 1) if 0 <= other < len(ranks)]
+            count += run.microbatches // len(holders) * sum(other != rank for other in neighbours)
+    return count
 
 
 def _visits(run: PlannedRun, stage: Stage) -> dict[int, float]:
@@ -261,9 +272,9 @@ def _parts(run: PlannedRun, chunks: Sequence[PassTime], visits: dict[int, float]
     for chunk, share in visits.items():
         for (part, _), seconds in chunks[chunk].seconds.items():
             parts[part] += run.microbatches * share * seconds
-    # What pairs hide of the experts' exchanges, less what they slow down, is missing from the rank's busy time.
-    busy_seconds = pipeline.busy_seconds[pipeline.bottleneck]
-    parts["exposed_expert"] += busy_seconds - sum(parts.values())
+    if run.pairs_passes and parts["exposed_expert"]:
+        # What pairs hide of the experts' exchanges, less what they slow down, is missing from the rank's busy time.
+        parts["exposed_expert"] += pipeline.busy_seconds[pipeline.bottleneck] - sum(parts.values())
     parts["bubble"] = pipeline.bubble_seconds
     parts["exposed_pipeline"] = pipeline.hop_seconds
     return parts

@@ -17,7 +17,7 @@ from strop.engine.plan.layer_time import Work, head_operations, layer_operations
 from strop.engine.plan.models import SHAPES
 from strop.engine.plan.run import SELECTIVE, PlannedRun, TrainingPlan
 from strop.engine.plan.states import rank_parameters
-from strop.engine.plan.training import PARTS, chunk_times, layer_pass, train_step
+from strop.engine.plan.training import PARTS, chunk_times, layer_pass, pipeline_messages, train_step
 
 DENSE, MOE, LATENT = (SHAPES[name] for name in ("llama3-8b", "qwen3-30b-a3b", "deepseek-v3"))
 
@@ -117,12 +117,52 @@ def test_exposed_parts_are_those_of_the_transfers(run):
     exposed = {
         "exposed_tensor": ("tp",),
         "exposed_context": ("cp",),
-        "exposed_pipeline": ("pp",),
+        "exposed_expert": ("ep", "etp"),
         "exposed_data": ("zero", "edp"),
     }
     for part, axes in exposed.items():
         seconds = sum(one.exposed_seconds for one in step.transfers if one.axis in axes)
         assert step.parts_seconds[part] == pytest.approx(seconds, abs=1e-9)
+    for one in step.transfers:
+        if one.axis == "pp":  # the step also waits for hops between other ranks
+            assert one.exposed_seconds == min(step.parts_seconds["exposed_pipeline"], one.seconds)
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS.keys())
+def test_without_exchanges_of_experts_nothing_of_them_is_exposed(run):
+    step = train_step(run)
+    exchanged = any(one.axis in ("ep", "etp") for one in step.transfers)
+    assert (step.parts_seconds["exposed_expert"] != 0.0) == exchanged
+
+
+def test_one_microbatch_hides_no_hop_and_a_rank_counts_its_own():
+    """The step waits for all 2 (pp - 1) hops, of which a rank in the middle sends two."""
+    run = planned(SHAPES["qwen3-0.6b"], 8, layout=Layout(pp=8), global_batch_sequences=1)
+    step = train_step(run)
+    (hops,) = (one for one in step.transfers if one.axis == "pp")
+    assert hops.count <= 2
+    assert hops.exposed_seconds == hops.seconds
+    assert step.parts_seconds["exposed_pipeline"] == pytest.approx(14 * hops.seconds / hops.count)
+
+
+@pytest.mark.parametrize(
+    "layout, messages",
+    [
+        (Layout(pp=4), (1, 2, 2, 1)),
+        (Layout(pp=4, schedule="zero-bubble"), (1, 2, 2, 1)),
+        (Layout(pp=4, vpp=2, schedule="interleaved"), (3, 4, 4, 3)),
+        (Layout(pp=4, schedule="dualpipe"), (1, 2, 2, 1)),
+        (Layout(pp=4, schedule="dualpipev"), (2, 4, 4, 2)),
+    ],
+)
+def test_messages_that_a_rank_sends_along_the_pipeline(layout, messages):
+    """Activations on and gradients back, for each micro-batch and chunk: none from the model's ends, none to itself at
+    DualPipeV's turn. A DualPipe rank sees half of the micro-batches on each of its two chunks."""
+    run = planned(DENSE, 32, layout=layout, global_batch_sequences=512)
+    assert [pipeline_messages(run, rank) for rank in range(4)] == [64 * count for count in messages]
+    (hops,) = (one for one in train_step(run).transfers if one.axis == "pp")
+    assert hops.bytes_per_rank == hops.count * 2 * 4096 * DENSE.hidden_size
+    assert hops.count // 64 in messages
 
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS.keys())
@@ -259,11 +299,22 @@ def test_a_recomputed_layer_exchanges_its_forward_collectives_again():
     assert layer_pass(again, 0).part("recompute") == pytest.approx(layer_pass(again, 0).part("forward"))
 
 
-def test_recompute_layers_holds_for_the_first_layers_of_each_rank():
-    run = planned(DENSE, 8, layout=Layout(pp=2), recompute=("layer",), recompute_layers=3)
-    for chunk in chunk_times(Work(run, device_named("h100"))):
-        one_layer = layer_pass(Work(run, device_named("h100")), 0).part("forward")
-        assert chunk.part("recompute") == pytest.approx(3 * one_layer)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(pp=2),
+        Layout(pp=4, vpp=4, schedule="interleaved"),
+        Layout(pp=4, schedule="dualpipe"),
+        Layout(pp=4, schedule="dualpipev"),
+    ],
+)
+def test_recompute_layers_holds_for_the_first_layers_of_each_rank(layout):
+    run = planned(DENSE, 8, layout=layout, recompute=("layer",), recompute_layers=3)
+    work = Work(run, device_named("h100"))
+    one_layer, chunks = layer_pass(work, 0).part("forward"), chunk_times(work)
+    for rank in range(layout.pp):
+        recomputed = sum(chunks[chunk].part("recompute") for chunk, ranks in enumerate(run.ranks_of_chunk()) if rank in ranks)
+        assert recomputed == pytest.approx(3 * one_layer)
 
 
 def test_deepseek_v3_on_2048_h800_is_near_its_published_step():
