@@ -12,9 +12,10 @@ from rich.text import Text
 from strop.engine.plan.drawing import layout_text, seconds_text, words
 from strop.engine.plan.facts import active_parameters, kv_bytes_per_token, parameters, total_parameters, train_flops_per_token
 from strop.engine.plan.grpo import GrpoStep
-from strop.engine.plan.memory import GIB, PARTS, rollout_kv_cache_bytes, rollout_weight_bytes
+from strop.engine.plan.memory import GIB, PARTS
 from strop.engine.plan.report import Prediction
 from strop.engine.plan.rollout import RolloutTime, rollout_time
+from strop.engine.plan.rollout_memory import rollout_kv_cache_bytes, rollout_weight_bytes
 from strop.engine.plan.run import PlannedRun
 from strop.engine.plan.training import StepTime
 from strop.engine.plan.validation import Problem

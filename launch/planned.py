@@ -12,9 +12,10 @@ from strop.engine.config import InputError, Layout, Placement
 from strop.engine.plan.candidates import SearchSpace
 from strop.engine.plan.check import check, with_batch
 from strop.engine.plan.devices import device_named
-from strop.engine.plan.memory import GIB, rollout_kv_cache_bytes
+from strop.engine.plan.memory import GIB
 from strop.engine.plan.models import SHAPES
 from strop.engine.plan.report import Prediction
+from strop.engine.plan.rollout_memory import holds_a_sequence
 from strop.engine.plan.run import PlannedRun, RolloutPlan, TrainingPlan
 from strop.engine.plan.shape import ModelShape
 from strop.engine.plan.states import rank_state_bytes
@@ -204,7 +205,7 @@ def predict(run: PlannedRun) -> tuple[Prediction | None, list[Problem]]:
         return None, found
     run = with_batch(replace(run, layout=run.layout.resolve(run.training_gpus)))
     found = check(run)
-    has_steps = not problems(run) and (run.rollout is None or rollout_kv_cache_bytes(run) > 0)
+    has_steps = not problems(run) and (run.rollout is None or holds_a_sequence(run))
     return Prediction.of(run) if has_steps else None, found
 
 

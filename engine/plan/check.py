@@ -7,8 +7,9 @@ from ..config import InputError
 from .candidates import RECOMPUTE_CHOICES, SearchSpace, divisors, recompute_choices
 from .devices import device_named
 from .grpo import GrpoStep, grpo_step, optimizer_step_run
-from .memory import GIB, StageMemory, memory_per_rank, rollout_kv_cache_bytes, rollout_weight_bytes, worst_stage
+from .memory import GIB, StageMemory, memory_per_rank, worst_stage
 from .problem import Problem
+from .rollout_memory import cache_shortage, holds_a_sequence
 from .run import PlannedRun
 from .training import StepTime, train_step
 from .validation import problems
@@ -40,20 +41,15 @@ def check(run: PlannedRun) -> list[Problem]:
 
 def works(run: PlannedRun, budget_bytes: float) -> bool:
     """Whether a run without other problems fits into this much memory a GPU, its rollout engines too."""
-    if run.rollout is not None and rollout_kv_cache_bytes(run) <= 0:
+    if run.rollout is not None and not holds_a_sequence(run):
         return False
     return worst_stage(memory_per_rank(run)).total_bytes <= budget_bytes
 
 
 def memory_problem(run: PlannedRun, budget_bytes: float) -> Problem:
     """What doesn't fit, in GiB by part."""
-    if run.rollout is not None and rollout_kv_cache_bytes(run) <= 0:
-        share_bytes = run.rollout.memory_fraction * device_named(run.device).hbm_bytes
-        reason = (
-            f"weights of {rollout_weight_bytes(run) / GIB:.1f} GiB a GPU leave nothing of the {share_bytes / GIB:.1f} GiB "
-            "that rollout.memory_fraction gives for a KV cache"
-        )
-        return Problem("rollout.tp", run.rollout.tp, reason)
+    if run.rollout is not None and not holds_a_sequence(run):
+        return Problem("rollout.tp", run.rollout.tp, cache_shortage(run))
     return Problem("device", run.device, needs(worst_stage(memory_per_rank(run)), budget_bytes))
 
 
@@ -94,7 +90,7 @@ def nearest_that_fit(run: PlannedRun, budget_bytes: float) -> Iterator[str]:
     flags = []
     for _ in range(MOST_CHANGES):
         options = [(worst_stage(memory_per_rank(changed)).total_bytes, flag, changed) for flag, changed in changes(run)]
-        options = [option for option in options if option[2].rollout is None or rollout_kv_cache_bytes(option[2]) > 0]
+        options = [option for option in options if option[2].rollout is None or holds_a_sequence(option[2])]
         if not options or min(options)[0] >= worst_stage(memory_per_rank(run)).total_bytes:
             return
         need, flag, run = min(options, key=lambda option: option[:2])

@@ -14,8 +14,7 @@ from ..config import InputError
 from .collectives import collective_seconds, combine_seconds, dispatch_seconds, low_latency_seconds
 from .devices import DeviceFacts, device_named
 from .efficiency import Precision, gemm_seconds, grouped_gemm_seconds, memory_bound_seconds
-from .facts import kv_bytes_per_token
-from .memory import rollout_kv_cache_bytes, rollout_weight_bytes
+from .rollout_memory import cache_bytes_per_token, cache_shortage, holds_a_sequence
 from .run import PlannedRun, RolloutPlan
 from .shape import ModelShape
 
@@ -61,15 +60,12 @@ class GenerationEngine:
 
     @staticmethod
     def of(run: PlannedRun) -> "GenerationEngine":
-        """Of a run without other problems. Raises InputError where it has no rollout, or no memory for its KV cache."""
+        """Of a run without other problems. Raises InputError where it has no rollout, or no KV cache for a whole sequence."""
         plan = run.rollout
         if plan is None:
             raise InputError("this run only trains: give it a rollout to plan generation")
-        if rollout_kv_cache_bytes(run) <= 0:
-            raise InputError(
-                f"rollout weights of {rollout_weight_bytes(run) / 1e9:.1f} GB a GPU leave nothing of memory_fraction "
-                f"{plan.memory_fraction:g} for the KV cache: use more rollout tp, pp or ep"
-            )
+        if not holds_a_sequence(run):
+            raise InputError(cache_shortage(run))
         return GenerationEngine(run, device_named(run.device), run.rollout_gpus // plan.engine_gpus)
 
     @property
@@ -90,12 +86,6 @@ class GenerationEngine:
         """Of the layers' products. Weights of less than a byte are multiplied as FP8."""
         width = self.plan.weights_dtype_bytes
         return "fp32" if width == 4 else "bf16" if width == 2 else "fp8-blockwise"
-
-    @property
-    def cache_bytes_per_token(self) -> float:
-        """Of one token on one GPU. Latent vectors are on every tp rank, and so is a key-value head where there are fewer."""
-        splits = 1 if self.shape.mla is not None else min(self.plan.tp, self.shape.num_kv_heads)
-        return kv_bytes_per_token(self.shape, self.plan.kv_dtype_bytes) / splits / self.plan.pp
 
     @property
     def tokens_verified(self) -> int:
@@ -132,7 +122,7 @@ class GenerationEngine:
         """
         shape, device = self.shape, self.device
         seconds = np.zeros(np.shape(context_tokens))
-        per_layer = self.cache_bytes_per_token * self.plan.pp / shape.num_layers
+        per_layer = cache_bytes_per_token(self.run) * self.plan.pp / shape.num_layers
         byte_seconds = per_layer / (CACHE_BYTES_FRACTION * device.hbm_bytes_per_second)
         heads = max(1, shape.num_heads // self.plan.tp) * self.tokens_verified
         widths = 2 * shape.mla.kv_rank + shape.mla.rope_dim if shape.mla is not None else 2 * shape.head_dim

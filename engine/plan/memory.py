@@ -8,11 +8,10 @@ from typing import Literal
 
 from .activations import head_working_bytes, layer_working_bytes, stage_kept_bytes
 from .devices import device_named
-from .facts import kv_bytes_per_token, parameters
+from .rollout_memory import GIB, holds_a_sequence, rollout_kv_cache_bytes, rollout_weight_bytes
 from .run import PlannedRun, Stage
 from .states import (
     alike_layers,
-    attention_rank_matrices,
     gradient_placeholder_bytes,
     layer_rank_parameters,
     rank_parameters,
@@ -26,7 +25,6 @@ PARTS = (
     "weights", "gradients", "optimizer", "activations", "logits", "communication", "reference_weights", "rollout_weights",
     "kv_cache", "margin",
 )  # fmt: skip
-GIB = 2**30
 FRAGMENTATION = 0.05
 """Memory that PyTorch's allocator holds beyond the peak of what is allocated, as a fraction of that: median of the 19 layouts
 of MooreThreads/SimuMax, docs/b200/b200_release_v1.2_summary.json (0.03 to 0.09). Expandable segments need less."""
@@ -89,12 +87,12 @@ def device_capacity_bytes(run: PlannedRun) -> float:
 def fits(run: PlannedRun) -> bool:
     """Whether every rank fits its device in both phases, and with split placement the generating GPUs too.
 
-    A rollout engine fits where anything is left for its KV cache.
+    A rollout engine fits where its KV cache holds the longest sequence.
     """
     capacity = device_capacity_bytes(run)
     if any(memory.total_bytes > capacity for memory in memory_per_rank(run)):
         return False
-    return run.rollout is None or rollout_kv_cache_bytes(run) > 0
+    return run.rollout is None or holds_a_sequence(run)
 
 
 def training_memory(run: PlannedRun) -> tuple[StageMemory, ...]:
@@ -150,38 +148,6 @@ def colocated_rollout_memory(run: PlannedRun) -> tuple[StageMemory, ...]:
         host = states.host + (states.weights if away else 0.0) + (states.optimizer + reference if offloaded else 0.0)
         memories.append(StageMemory(stage, "rollout", parts | {"margin": outside_bytes(run)}, host))
     return tuple(memories)
-
-
-def rollout_weight_bytes(run: PlannedRun) -> float:
-    """Weights on one GPU of a rollout engine with a layout of its own: tp splits matrices, attention as in training
-    (`attention_rank_matrices`: some of it is on every rank), ep (if larger) the experts; the mean over its pipeline ranks."""
-    rollout, shape, counts = run.rollout, run.shape, parameters(run.shape)
-    experts = counts["experts"] / max(rollout.ep, rollout.tp)
-    replicated = counts["norms"] + counts["router"]
-    attention = shape.num_layers * attention_rank_matrices(shape, rollout.tp)
-    vectors = counts["attention"] - shape.num_layers * attention_rank_matrices(shape, 1)
-    split = vectors + counts["dense_mlp"] + counts["shared_experts"] + counts["embedding"] + counts["head"]
-    tied_head = counts["embedding"] if shape.tie_embeddings and rollout.pp > 1 else 0
-    held = experts + replicated + attention + (split + tied_head) / rollout.tp
-    return held / rollout.pp * rollout.weights_dtype_bytes
-
-
-def rollout_kv_cache_bytes(run: PlannedRun) -> float:
-    """What one generating GPU has for its KV cache; 0 where the weights leave nothing of memory_fraction. What the engine
-    computes with is left out: a few GB at most, that a real engine takes off this."""
-    if run.rollout.weight_sync == "alias" and run.placement == "colocated":
-        weights = max(rank_state_bytes(run, stage).weights for stage in run.stages())
-    else:
-        weights = rollout_weight_bytes(run)
-    return max(run.rollout.memory_fraction * device_capacity_bytes(run) - weights, 0.0)
-
-
-def rollout_kv_capacity_tokens(run: PlannedRun) -> float:
-    """Tokens whose keys and values the KV cache of one engine (tp x pp GPUs) holds; tp splits the KV heads it can."""
-    rollout, shape = run.rollout, run.shape
-    splits = 1 if shape.mla is not None else min(rollout.tp, shape.num_kv_heads)
-    per_gpu = kv_bytes_per_token(shape, rollout.kv_dtype_bytes) / splits / rollout.pp
-    return rollout_kv_cache_bytes(run) / per_gpu
 
 
 def communication_bytes(run: PlannedRun, stage: Stage) -> float:

@@ -18,11 +18,10 @@ from .grpo import GrpoStep, WholeRun, grpo_step, optimizer_step_run, whole_run
 from .memory import (
     StageMemory,
     colocated_rollout_memory,
-    rollout_kv_cache_bytes,
-    rollout_weight_bytes,
     training_memory,
     worst_stage,
 )
+from .rollout_memory import rollout_kv_cache_bytes, rollout_weight_bytes
 from .run import PlannedRun
 from .training import StepTime, train_step
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from .decode import GenerationEngine
 from .lengths import ResponseLengths
-from .memory import rollout_kv_capacity_tokens
+from .rollout_memory import rollout_kv_cache_bytes, sequence_cache_bytes
 from .run import PlannedRun
 
 CURVE_POINTS = 400
@@ -73,7 +73,8 @@ def rollout_time(run: PlannedRun) -> RolloutTime:
     samples = plan.prompts_per_step * plan.group_size
     replicas = engine.count * engine.replicas
     share = samples / replicas
-    prefill = engine.prefill_seconds(plan.prompts_per_step / replicas * plan.prompt_tokens, plan.prompt_tokens)
+    prompts = max(1.0, plan.prompts_per_step / replicas)  # a replica with one sample of a group computes its whole prompt
+    prefill = engine.prefill_seconds(prompts * plan.prompt_tokens, plan.prompt_tokens)
     slots = most_active(engine, lengths, -(-samples // replicas))
     if plan.steps_ahead > 1 and plan.continuous:
         slots = most_active(engine, lengths, -(-samples * plan.steps_ahead // replicas))
@@ -104,11 +105,12 @@ def most_active(engine: GenerationEngine, lengths: ResponseLengths, sequences: i
     The cache must hold the larger of two: sequences that started together at their fullest moment, and the mean of sequences
     of all ages (a random one is at half of a token-weighted length).
     """
+    run, prompt_tokens = engine.run, engine.plan.prompt_tokens
     tokens = np.linspace(0, lengths.max_tokens, 200)
-    together = float(np.max(lengths.survival(tokens) * (engine.plan.prompt_tokens + tokens)))
-    mixed = engine.plan.prompt_tokens + lengths.token_weighted_mean_tokens / 2
-    held = rollout_kv_capacity_tokens(engine.run) / max(together, mixed)
-    return float(max(1.0, min(sequences, engine.plan.max_sequences / engine.replicas, held)))
+    together = float(np.max(lengths.survival(tokens) * sequence_cache_bytes(run, prompt_tokens + tokens)))
+    mixed = float(sequence_cache_bytes(run, prompt_tokens + lengths.token_weighted_mean_tokens / 2))
+    held = rollout_kv_cache_bytes(run) / max(together, mixed)
+    return float(min(sequences, engine.plan.max_sequences / engine.replicas, held))
 
 
 def _drained(

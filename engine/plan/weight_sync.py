@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .devices import device_named
 from .efficiency import memory_bound_seconds
 from .facts import total_parameters
-from .memory import rollout_weight_bytes
+from .rollout_memory import rollout_weight_bytes
 from .run import PlannedRun, WeightSync
 from .shape import ModelShape
 

@@ -21,13 +21,11 @@ from strop.engine.plan.memory import (
     device_capacity_bytes,
     fits,
     memory_per_rank,
-    rollout_kv_cache_bytes,
-    rollout_kv_capacity_tokens,
-    rollout_weight_bytes,
     training_memory,
     worst_stage,
 )
 from strop.engine.plan.models import SHAPES
+from strop.engine.plan.rollout_memory import rollout_kv_cache_bytes, rollout_weight_bytes, sequence_cache_bytes
 from strop.engine.plan.run import SELECTIVE, PlannedRun, RolloutPlan, TrainingPlan
 from strop.engine.plan.schedules import rank_orders
 from strop.engine.plan.shape import ModelShape
@@ -320,7 +318,7 @@ def test_rollout_gpus_of_a_split_run():
     assert rollout_weight_bytes(run) == pytest.approx(2 * ((671.03e9 - 61 * down - router) / 32 + 61 * down + router), rel=1e-4)
     fp8 = replace(run, rollout=replace(rollout, weights_dtype_bytes=1))
     assert rollout_kv_cache_bytes(fp8) - rollout_kv_cache_bytes(run) == pytest.approx(rollout_weight_bytes(run) / 2)
-    assert rollout_kv_capacity_tokens(run) == pytest.approx(rollout_kv_cache_bytes(run) / 70272)
+    assert sequence_cache_bytes(run, 1000) == pytest.approx(1000 * 70272)
     too_much = replace(run, rollout=replace(rollout, tp=8))
     assert rollout_kv_cache_bytes(too_much) == 0 and not fits(too_much)
     assert all(memory.phase == "training" for memory in memory_per_rank(run))

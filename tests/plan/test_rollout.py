@@ -7,8 +7,15 @@ from hypothesis import strategies as st
 
 from strop.engine.config import InputError
 from strop.engine.plan.decode import HOST_SEQUENCE_SECONDS, HOST_STEP_SECONDS, GenerationEngine
+from strop.engine.plan.devices import device_named
 from strop.engine.plan.models import SHAPES
 from strop.engine.plan.rollout import rollout_time
+from strop.engine.plan.rollout_memory import (
+    cache_bytes_per_token,
+    holds_a_sequence,
+    rollout_weight_bytes,
+    sequence_cache_bytes,
+)
 from strop.engine.plan.run import PlannedRun, RolloutPlan
 
 ANOMALY = 1.01
@@ -67,7 +74,7 @@ def test_window_layers_read_no_more_than_their_window():
     one = engine("gpt-oss-20b", 1)
     short, long, longer = (float(one.cache_seconds(np.array([32.0]), np.array([32.0 * n]))[0]) for n in (1000, 2000, 3000))
     assert longer - long == pytest.approx(long - short, rel=1e-6)
-    every_layer_full = 2000 * 32 * one.cache_bytes_per_token / 3.35e12
+    every_layer_full = 2000 * 32 * cache_bytes_per_token(one.run) / 3.35e12
     assert (longer - short) < 0.7 * every_layer_full
 
 
@@ -158,3 +165,31 @@ def test_what_only_a_prediction_finds_is_refused(model, gpus, plan, message):
 def test_training_alone_has_no_rollout():
     with pytest.raises(InputError, match="only trains"):
         rollout_time(PlannedRun(SHAPES["qwen3-8b"], 8))
+
+
+def test_a_cache_must_hold_the_longest_sequence():
+    """As vLLM, which refuses to start where its cache is smaller than one sequence of max_model_len."""
+    plan = {"tp": 2, "prompts_per_step": 64, "max_response_tokens": 8192}
+    run = PlannedRun(SHAPES["llama3-70b"], 32, rollout=RolloutPlan(memory_fraction=0.9, **plan))
+    one, weights, device = float(sequence_cache_bytes(run, 256 + 8192)), rollout_weight_bytes(run), device_named("h100")
+    for share, fits_ in ((0.999, False), (1.001, True), (1e-9, False)):
+        fraction = (weights + share * one) / device.hbm_bytes
+        tight = PlannedRun(SHAPES["llama3-70b"], 32, rollout=RolloutPlan(memory_fraction=fraction, **plan))
+        assert holds_a_sequence(tight) == fits_, share
+        if fits_:
+            assert rollout_time(tight).sequences_per_engine >= 1
+        else:
+            with pytest.raises(InputError, match="a sequence of 8,448 tokens takes"):
+                rollout_time(tight)
+
+
+def test_window_layers_keep_no_more_than_their_window():
+    run = PlannedRun(SHAPES["gpt-oss-20b"], 8, rollout=RolloutPlan(tp=2))
+    windows, every = 12 * 128, 12 * 8192  # of 24 layers every second one has a window of 128 tokens
+    assert sequence_cache_bytes(run, 8192) / cache_bytes_per_token(run) == pytest.approx((windows + every) / 24)
+    assert sequence_cache_bytes(run, 100) / cache_bytes_per_token(run) == 100
+
+
+def test_every_engine_computes_a_whole_prompt():
+    few, many = (rollout(gpus=gpus, prompts_per_step=8, group_size=128, prompt_tokens=8000.0) for gpus in (8, 512))
+    assert many.prefill_seconds == few.prefill_seconds
