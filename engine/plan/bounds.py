@@ -50,7 +50,7 @@ class Bounds:
         passes, exchanges = on_rank[:, :2].sum(axis=1), on_rank[:, 2:].sum(axis=1)
         if run.training.overlap_expert and layout.ep > 1:
             # All as one pair: the time of a pair is convex in its parts, so several pairs together take no less.
-            passes = np.array([self._paired_seconds(run, *rank) for rank in zip(passes, exchanges, strict=True)])
+            passes = _paired_seconds(run, passes, exchanges)
         else:
             passes += exchanges
         busy = run.microbatches * passes
@@ -60,11 +60,6 @@ class Bounds:
         drains = layout.schedule in ("1f1b", "interleaved")
         fill_and_drain = waiting[:, :2].sum(axis=1) if drains else waiting[:, 0]
         return float((busy + fill_and_drain).max())
-
-    def _paired_seconds(self, run: PlannedRun, passes: float, exchanges: float) -> float:
-        multiprocessors = DISPATCHER_MULTIPROCESSORS[run.training.dispatcher]
-        contention = contention_share(Work(run, device_named(run.device)), multiprocessors)
-        return pair_seconds(StageSeconds(passes, 0.0, 0.0, exchanges), StageSeconds(0.0, 0.0, 0.0), contention)
 
     def update_at_least_seconds(self, run: PlannedRun) -> float:
         """Of the end of an optimizer step, exchanges of gradients and weights and Adam: of the rank with least of it."""
@@ -156,6 +151,15 @@ def _settings(training: TrainingPlan) -> tuple:
 
 
 _EMPTY = Stage(0, (), False, False)
+
+
+def _paired_seconds(run: PlannedRun, passes: Array, exchanges: Array) -> Array:
+    """Of a micro-batch on each rank, all of its passes beside all of its exchanges; equal ranks are looked at once."""
+    contention = contention_share(Work(run, device_named(run.device)), DISPATCHER_MULTIPROCESSORS[run.training.dispatcher])
+    nothing = StageSeconds(0.0, 0.0, 0.0)
+    ranks = list(zip(passes.tolist(), exchanges.tolist(), strict=True))
+    paired = {rank: pair_seconds(StageSeconds(rank[0], 0.0, 0.0, rank[1]), nothing, contention) for rank in set(ranks)}
+    return np.array([paired[rank] for rank in ranks])
 
 
 def _forward_and_backward(operations: list[Operation]) -> tuple[float, float]:

@@ -9,7 +9,7 @@ import heapq
 import time
 from bisect import insort
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import count
 
@@ -107,6 +107,30 @@ class _Engines:
     """Of a GRPO step, for generation, scoring and weight sync; they don't depend on the trainer's layout."""
 
 
+@dataclass
+class _OfLayout:
+    """What is known of one layout and micro-batch."""
+
+    open: int
+    """Of its `_Settings`, how many have some left."""
+    fitting: list[TrainingPlan] = field(default_factory=list)
+    least: tuple[float, PlannedRun] | None = None
+    """Of what doesn't fit, the (bound on the) least need."""
+
+    def note(self, need_bytes: float, run: PlannedRun) -> None:
+        if self.least is None or need_bytes < self.least[0]:
+            self.least = need_bytes, run
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The recomputations of a layout that were not tried yet, everything else being settled."""
+
+    of_layout: _OfLayout
+    left: Iterator[TrainingPlan]
+    run: PlannedRun
+
+
 def search(
     shape: ModelShape,
     gpus: int,
@@ -163,63 +187,83 @@ class _Search:
         """Best first: of all layouts and settings, always the one that takes least at the least."""
         if len(self.ranked) == self.wanted and engines[0].seconds >= self.ranked[-1][0]:
             return
-        tick = count()
-        queue: list[tuple[float, int, PlannedRun, bool]] = []
         mildest = replace(engines[0].run, training=least_work(self.base.training, self.space))
+        tick = count()
+        queue: list[tuple[float, int, PlannedRun, _Settings | None]] = []
         for run in layouts(mildest, self.space):
             if run.rollout is not None:
                 run = self._with_batch(run)
-            queue.append((self._at_least_seconds(run, engines[0].seconds), next(tick), run, False))
+            queue.append((self._at_least_seconds(run, engines[0].seconds), next(tick), run, None))
         heapq.heapify(queue)
         while queue:
-            seconds, _, run, settled = heapq.heappop(queue)
+            seconds, _, run, settings = heapq.heappop(queue)
             if len(self.ranked) == self.wanted and seconds >= self.ranked[-1][0]:
-                self.outpaced += 1 + len(queue)
+                undecided = {id(left.of_layout) for _, _, _, left in queue if left is not None and not left.of_layout.fitting}
+                self.outpaced += 1 + sum(left is None for _, _, _, left in queue) + len(undecided)
                 return
-            if settled:
-                self._predict(run)
-                continue
-            found = problems(run)
-            if found:
-                self.rejected.append(Rejection(run, f"{found[0].setting} {found[0].value}", str(found[0])))
-                continue
-            for fitting, engine_seconds in self._fitting(run, engines):
-                seconds = self._at_least_seconds(fitting, engine_seconds, settled=True)
-                heapq.heappush(queue, (seconds, next(tick), fitting, True))
-
-    def _fitting(self, run: PlannedRun, engines: list[_Engines]) -> list[tuple[PlannedRun, float]]:
-        """Of the allowed settings, those that fit and recompute (or offload) no more than another one that fits."""
-        fitting: list[tuple[PlannedRun, float]] = []
-        least: tuple[float, PlannedRun] | None = None
-        for training in memory_settings(run.training, self.space):
-            for recompute in recompute_choices(run.shape, self.space):
-                settled = replace(run, training=replace(training, recompute=recompute))
-                if any(_does_no_more(other.training, settled.training) for other, _ in fitting):
+            if settings is None:
+                found = problems(run)
+                if found:
+                    self.rejected.append(Rejection(run, f"{found[0].setting} {found[0].value}", str(found[0])))
                     continue
-                need_bytes = self.bounds.at_least_bytes(settled)
-                if need_bytes <= self.budget_bytes:
-                    need_bytes = worst_stage(training_memory(settled)).total_bytes
-                if need_bytes <= self.budget_bytes:
-                    with_engines = self._beside(settled, engines)
-                    if with_engines is not None:
-                        fitting.append(with_engines)
-                        continue
-                    need_bytes = worst_stage(memory_per_rank(settled)).total_bytes
-                if least is None or need_bytes < least[0]:
-                    least = need_bytes, settled
-        if not fitting:
-            need_bytes, run = least
-            self.rejected.append(Rejection(run, "memory", at_least_bytes=need_bytes, budget_bytes=self.budget_bytes))
-        return fitting
+                opened = self._settings(run)
+            else:
+                self._try(run, settings.of_layout, engines)
+                opened = [settings]
+            for one in opened:
+                following = self._next(one)
+                if following is not None:
+                    at_least = self._at_least_seconds(following, engines[0].seconds, settled=True)
+                    heapq.heappush(queue, (at_least, next(tick), following, one))
 
-    def _beside(self, run: PlannedRun, engines: list[_Engines]) -> tuple[PlannedRun, float] | None:
-        """The run with the fastest engines that leave it enough memory, and what they take."""
+    def _settings(self, run: PlannedRun) -> list[_Settings]:
+        """The settings allowed for a layout, least recomputation first, apart for all that isn't recomputation."""
+        allowed = memory_settings(run.training, self.space)
+        of_layout = _OfLayout(len(allowed))
+        return [
+            _Settings(
+                of_layout, iter([replace(training, recompute=parts) for parts in recompute_choices(run.shape, self.space)]), run
+            )
+            for training in allowed
+        ]
+
+    def _next(self, settings: _Settings) -> PlannedRun | None:
+        """The run with the next of the settings that may fit and may be faster than what fits; None where there is none."""
+        of_layout = settings.of_layout
+        for training in settings.left:
+            run = replace(settings.run, training=training)
+            if any(_does_no_more(other, training) for other in of_layout.fitting):
+                continue
+            need_bytes = self.bounds.at_least_bytes(run)
+            if need_bytes <= self.budget_bytes:
+                return run
+            of_layout.note(need_bytes, run)
+        of_layout.open -= 1
+        if not of_layout.open and not of_layout.fitting:
+            need_bytes, run = of_layout.least
+            self.rejected.append(Rejection(run, "memory", at_least_bytes=need_bytes, budget_bytes=self.budget_bytes))
+        return None
+
+    def _try(self, run: PlannedRun, of_layout: _OfLayout, engines: list[_Engines]) -> None:
+        """Predict a run if it fits and nothing that fits does less."""
+        if any(_does_no_more(other, run.training) for other in of_layout.fitting):
+            return
+        need_bytes = worst_stage(training_memory(run)).total_bytes
+        full = self._beside(run, engines) if need_bytes <= self.budget_bytes else None
+        if full is None:
+            of_layout.note(max(need_bytes, worst_stage(memory_per_rank(run)).total_bytes), run)
+            return
+        of_layout.fitting.append(run.training)
+        self._predict(full)
+
+    def _beside(self, run: PlannedRun, engines: list[_Engines]) -> PlannedRun | None:
+        """The run with the fastest engines that leave it enough memory."""
         for one in engines:
             full = replace(run, rollout=one.run.rollout)
             if full.rollout is None or full.placement == "split":
-                return full, one.seconds
+                return full
             if worst_stage(colocated_rollout_memory(full)).total_bytes <= self.budget_bytes:
-                return full, one.seconds
+                return full
         return None
 
     def _at_least_seconds(self, run: PlannedRun, engine_seconds: float, settled: bool = False) -> float:
