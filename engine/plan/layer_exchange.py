@@ -71,11 +71,15 @@ def _repeated(exchanges: list[Exchange], recomputed: bool) -> list[Exchange]:
 
 def collective(work: Work, axis: Axis, kind: CollectiveKind, payload_bytes: float) -> tuple[float, float]:
     """(bytes sent, seconds) of one collective over all ranks of an axis; payload as in `collectives.wire_bytes`."""
-    layout = work.run.layout
-    dense_replicas, expert_replicas = replicas(work.run)  # twice as many with DualPipe, which holds every layer twice
-    size = {"zero": dense_replicas, "edp": expert_replicas}.get(axis) or getattr(layout, axis)
-    near = members_per_node(layout, axis, work.device.gpus_per_node)
+    size = axis_size(work, axis)
+    near = members_per_node(work.run.layout, axis, work.device.gpus_per_node)
     return wire_bytes(kind, payload_bytes, size), collective_seconds(work.device, kind, payload_bytes, size, near)
+
+
+def axis_size(work: Work, axis: Axis) -> int:
+    """Ranks of one group of this axis."""
+    dense_replicas, expert_replicas = replicas(work.run)  # twice as many with DualPipe, which holds every layer twice
+    return {"zero": dense_replicas, "edp": expert_replicas}.get(axis) or getattr(work.run.layout, axis)
 
 
 def _tensor_parallel(work: Work, layer: int, operations: dict[str, Operation]) -> list[Exchange]:
@@ -199,10 +203,30 @@ def _expert_parallel(work: Work, moe: MoeShape, operations: dict[str, Operation]
     return exchanges
 
 
-def gathered_weights(work: Work, held: RankParameters, forward_seconds: float, backward_seconds: float) -> list[Exchange]:
+def embedding_exchanges(work: Work) -> list[Exchange]:
+    """Of an embedding whose vocabulary is divided over tp: each rank looks up its own tokens, the outputs are summed."""
+    if work.run.layout.tp == 1:
+        return []
+    payload = BF16_BYTES * work.tokens * work.run.shape.hidden_size
+    if not work.run.layout.sp:
+        return [_beside(work, "all_reduce", "forward", payload, 0.0)]
+    return [
+        _beside(work, "reduce_scatter", "forward", payload, 0.0),
+        _beside(work, "all_gather", "backward", payload, 0.0),
+    ]
+
+
+def gathered_weights(
+    work: Work, held: RankParameters, others: list[Exchange], busy_seconds: dict[Literal["forward", "backward"], float]
+) -> list[Exchange]:
     """FSDP: a layer's weights are gathered before each of its passes and its gradients scattered after the backward one,
-    beside computation of that length (its neighbours')."""
+    beside the same pass of its neighbours.
+
+    `busy_seconds`: of a pass without exchanges, the GPU's waits for its CPU included. `others`: the pass's other exchanges.
+    While it waits for those, weights can travel too, unless they need the same link.
+    """
     training = work.run.training
+    of_weights = _leaves_node(work, "zero")
     sharded: tuple[tuple[Axis, float], ...] = (("zero", held.dense), ("edp", held.experts))
     transfers = [
         (axis, kind, direction, *collective(work, axis, kind, count * dtype_bytes))
@@ -215,13 +239,23 @@ def gathered_weights(work: Work, held: RankParameters, forward_seconds: float, b
         )
     ]
     exchanges = []
-    for direction, beside in (("forward", forward_seconds), ("backward", backward_seconds)):
+    for direction, beside in busy_seconds.items():
         here = [one for one in transfers if one[2] == direction]
         total = sum(seconds for *_, seconds in here)
-        exposed = total - hidden_seconds(work, total, beside)
+        for other in others:
+            if other.direction == direction:
+                hidden_by_pairs = work.run.pairs_passes and other.axis in ("ep", "etp")
+                beside += 0.0 if hidden_by_pairs else other.exposed_seconds
+                beside -= other.seconds if _leaves_node(work, other.axis) == of_weights else 0.0
+        exposed = total - hidden_seconds(work, total, max(beside, 0.0))
         exchanges += [
             Exchange(axis, kind, direction, sent, seconds, exposed * seconds / total)
             for axis, kind, _, sent, seconds in here
             if seconds
         ]
     return exchanges
+
+
+def _leaves_node(work: Work, axis: Axis) -> bool:
+    """Whether the axis's groups need the network rather than NVLink alone."""
+    return axis_size(work, axis) > members_per_node(work.run.layout, axis, work.device.gpus_per_node)

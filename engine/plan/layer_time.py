@@ -215,7 +215,7 @@ def _latent_attention(work: Work, layer: int) -> list[Operation]:
         operations.append(work.product("q_down", outside, mla.q_rank, hidden))
         operations.append(work.product("q_up", work.tokens, query, mla.q_rank, "mla_up_projection"))
     else:
-        operations.append(work.product("q", work.tokens, query, hidden))
+        operations.append(work.product("q", work.tokens, query, hidden, "mla_up_projection"))
     laid_out = 2 * work.tokens * (2 * query + heads * mla.value_dim)
     return [
         *operations,

@@ -20,6 +20,7 @@ from .layer_exchange import (
     collective,
     column,
     contention_share,
+    embedding_exchanges,
     gathered_weights,
     layer_exchanges,
 )
@@ -35,7 +36,7 @@ from .layer_time import (
 from .run import PlannedRun, RecomputePart, Stage
 from .schedules import PipelineTime, StageSeconds, pipeline_time
 from .states import RankParameters, layer_rank_parameters
-from .update_time import data_parallel_transfers, optimizer_seconds
+from .update_time import data_parallel_transfers, gathered_cast_seconds, optimizer_seconds
 
 PARTS = (
     "forward", "backward_input", "backward_weight", "recompute", "launch", "exposed_tensor", "exposed_context",
@@ -192,7 +193,7 @@ def _vocabulary_matrix(work: Work) -> RankParameters:
 
 
 def _embedding_pass(work: Work) -> PassTime:
-    return _pass(work, embedding_operations(work), [], _vocabulary_matrix(work))
+    return _pass(work, embedding_operations(work), embedding_exchanges(work), _vocabulary_matrix(work))
 
 
 def _head_pass(work: Work) -> PassTime:
@@ -224,9 +225,12 @@ def _pass(
         seconds["launch", "backward_input"] += gap * (one.backward_kernels - weight_kernels + again * one.forward_kernels)
         seconds["launch", "backward_weight"] += gap * weight_kernels
     if work.run.training.fsdp and work.run.layout.pp == 1:
-        backward = seconds["backward_input", "backward_input"] + seconds["recompute", "backward_input"]
-        backward += seconds["backward_weight", "backward_weight"]
-        exchanges = exchanges + gathered_weights(work, held, seconds["forward", "forward"], backward)
+        cast_seconds = gathered_cast_seconds(work, held)
+        seconds["forward", "forward"] += cast_seconds
+        seconds["backward_input", "backward_input"] += cast_seconds
+        forward = sum(value for (_, name), value in seconds.items() if name == "forward")
+        busy_seconds = {"forward": forward, "backward": sum(seconds.values()) - forward}
+        exchanges = exchanges + gathered_weights(work, held, exchanges, busy_seconds)
     for one in exchanges:
         name = "forward" if one.direction == "forward" else "backward_input"
         seconds[EXPOSED_PART.get(one.axis, "exposed_data"), name] += one.exposed_seconds

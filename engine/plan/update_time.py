@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 
-from .collectives import Axis, Transfer
+from .collectives import Axis, Transfer, collective_seconds, members_per_node, wire_bytes
 from .efficiency import memory_bound_seconds
 from .layer_exchange import collective, hidden_seconds
 from .layer_time import QUANTIZE_BYTES, Work
-from .run import Stage
-from .states import master_bytes, rank_parameters, replicas
+from .run import PlannedRun, Stage
+from .states import RankParameters, master_bytes, rank_parameters, replicas
 
 HOST_MEMORY_BYTES_PER_SECOND = 45e9
 """A GPU's share of its host's memory: eight channels of DDR5-4800 a socket, two sockets for eight GPUs (DGX H100 user guide:
@@ -39,7 +39,25 @@ def data_parallel_transfers(work: Work, stage: Stage, forward_seconds: float, ba
             pieces = max(1, len(stage.layers))
             hidden = hidden_seconds(work, seconds * (1 - 1 / pieces), beside * share) if training.overlap_data else 0.0
             transfers.append(Transfer(axis, kind, sent, 1, seconds, seconds - hidden))
+    if holds_shared_embedding(work.run, stage):
+        layout, shape = work.run.layout, work.run.shape
+        gradient_bytes = training.gradient_dtype_bytes * shape.vocab_size * shape.hidden_size / layout.tp
+        near = 2 if members_per_node(layout, "pp", work.device.gpus_per_node) == layout.pp else 1
+        seconds = collective_seconds(work.device, "all_reduce", gradient_bytes, 2, near)
+        transfers.append(Transfer("pp", "all_reduce", wire_bytes("all_reduce", gradient_bytes, 2), 1, seconds, seconds))
     return transfers
+
+
+def holds_shared_embedding(run: PlannedRun, stage: Stage) -> bool:
+    """Whether another pipeline rank holds the same embedding: as a tied head, or for the input of MTP modules.
+
+    Their gradients are summed after the last backward pass (Megatron-LM: the embedding group). DualPipe's ranks of both ends
+    hold both, and their sum is the data-parallel one.
+    """
+    if run.layout.schedule == "dualpipe" or not (stage.has_embedding or stage.has_head):
+        return False
+    holders = [one for one in run.stages() if one.has_embedding or (one.has_head and run.shape.tie_embeddings)]
+    return len(holders) > 1 and stage in holders
 
 
 def optimizer_seconds(work: Work, stage: Stage) -> float:
@@ -54,7 +72,7 @@ def _update_steps(work: Work, stage: Stage) -> Iterator[tuple[str, float]]:
     held = rank_parameters(work.run, stage)
     dense_shards, expert_shards = replicas(work.run)
     shard = held.dense / dense_shards + held.experts / expert_shards
-    kept = shard if training.fsdp and work.run.layout.pp == 1 else held.total
+    kept = shard if _gathers_each_pass(work) else held.total
     gradient = training.gradient_dtype_bytes
     master, weight = master_bytes(training), training.weights_dtype_bytes
     weight_moved = 2 * master + weight if master else 2 * weight
@@ -66,9 +84,23 @@ def _update_steps(work: Work, stage: Stage) -> Iterator[tuple[str, float]]:
         yield "update", update_bytes / HOST_MEMORY_BYTES_PER_SECOND
     else:
         yield "update", memory_bound_seconds(device, update_bytes)
-    if training.precision in QUANTIZE_BYTES:  # the weights, once a step
+    if training.precision in QUANTIZE_BYTES and not _gathers_each_pass(work):  # the weights, once a step
         quantized = held.matrices + held.experts
         yield "quantise", memory_bound_seconds(device, QUANTIZE_BYTES[training.precision].forward * quantized)
+
+
+def gathered_cast_seconds(work: Work, held: RankParameters) -> float:
+    """Of casting weights to FP8 that FSDP gathered for one pass in a wider type and drops after it."""
+    training = work.run.training
+    if training.precision not in QUANTIZE_BYTES or training.gathered_weight_bytes == 1 or not held.matrices + held.experts:
+        return 0.0
+    cast_bytes = QUANTIZE_BYTES[training.precision].forward * (held.matrices + held.experts)
+    return memory_bound_seconds(work.device, cast_bytes)
+
+
+def _gathers_each_pass(work: Work) -> bool:
+    """Weights are gathered for every pass of a micro-batch: FSDP without a pipeline."""
+    return work.run.training.fsdp and work.run.layout.pp == 1
 
 
 def _widest(work: Work) -> Axis:

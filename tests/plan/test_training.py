@@ -16,8 +16,9 @@ from strop.engine.plan.facts import layer_forward_flops_per_token, train_flops_p
 from strop.engine.plan.layer_time import Work, head_operations, layer_operations
 from strop.engine.plan.models import SHAPES
 from strop.engine.plan.run import SELECTIVE, PlannedRun, TrainingPlan
-from strop.engine.plan.states import rank_parameters
+from strop.engine.plan.states import layer_rank_parameters, rank_parameters
 from strop.engine.plan.training import PARTS, chunk_times, layer_pass, pipeline_messages, train_step
+from strop.engine.plan.update_time import data_parallel_transfers
 
 DENSE, MOE, LATENT = (SHAPES[name] for name in ("llama3-8b", "qwen3-30b-a3b", "deepseek-v3"))
 
@@ -122,9 +123,11 @@ def test_exposed_parts_are_those_of_the_transfers(run):
     }
     for part, axes in exposed.items():
         seconds = sum(one.exposed_seconds for one in step.transfers if one.axis in axes)
+        if part == "exposed_data":  # an embedding on two pipeline ranks
+            seconds += sum(one.exposed_seconds for one in step.transfers if (one.axis, one.kind) == ("pp", "all_reduce"))
         assert step.parts_seconds[part] == pytest.approx(seconds, abs=1e-9)
     for one in step.transfers:
-        if one.axis == "pp":  # the step also waits for hops between other ranks
+        if one.kind == "send_recv" and one.axis == "pp":  # the step also waits for hops between other ranks
             assert one.exposed_seconds == min(step.parts_seconds["exposed_pipeline"], one.seconds)
 
 
@@ -139,7 +142,7 @@ def test_one_microbatch_hides_no_hop_and_a_rank_counts_its_own():
     """The step waits for all 2 (pp - 1) hops, of which a rank in the middle sends two."""
     run = planned(SHAPES["qwen3-0.6b"], 8, layout=Layout(pp=8), global_batch_sequences=1)
     step = train_step(run)
-    (hops,) = (one for one in step.transfers if one.axis == "pp")
+    (hops,) = (one for one in step.transfers if one.kind == "send_recv")
     assert hops.count <= 2
     assert hops.exposed_seconds == hops.seconds
     assert step.parts_seconds["exposed_pipeline"] == pytest.approx(14 * hops.seconds / hops.count)
@@ -247,6 +250,66 @@ def test_fsdp_gathers_all_weights_twice_and_scatters_all_gradients_once_a_microb
 
 
 @pytest.mark.parametrize(
+    "shape, layout, summed",
+    [
+        (SHAPES["qwen3-4b"], Layout(pp=2), True),
+        (SHAPES["qwen3-4b"], Layout(), False),
+        (SHAPES["qwen3-4b"], Layout(pp=2, schedule="dualpipev"), False),
+        (DENSE, Layout(pp=2), False),
+        (LATENT, Layout(pp=4, ep=8), True),
+        (LATENT, Layout(pp=4, ep=8, schedule="dualpipe"), False),
+    ],
+)
+def test_gradients_of_an_embedding_on_two_pipeline_ranks_are_summed(shape, layout, summed):
+    """Tied head or input of MTP modules; DualPipe's ranks of both ends hold both, and sum them as data-parallel ranks do."""
+    run = planned(shape, 32, layout=layout)
+    work = Work(run, device_named("h100"))
+    for stage in run.stages():
+        sums = [one for one in data_parallel_transfers(work, stage, 1.0, 1.0) if (one.axis, one.kind) == ("pp", "all_reduce")]
+        assert len(sums) == (summed and stage.index in (0, layout.pp - 1))
+        assert all(one.bytes_per_rank == 4 * shape.vocab_size * shape.hidden_size for one in sums)
+
+
+def test_fsdp_casts_gathered_weights_in_every_pass():
+    """16-bit weights to FP8, forward and backward; weights that are kept in FP8 need no cast."""
+    run = planned(DENSE, 8, layout=Layout(), fsdp=True, precision="fp8-tensorwise")
+    kept = replace(run, training=replace(run.training, weights_dtype_bytes=1))
+    cast, as_kept = (layer_pass(Work(one, device_named("h100")), 0) for one in (run, kept))
+    seconds = memory_bound_seconds(DEVICES["h100"], 6 * layer_rank_parameters(run, 0).matrices)
+    for name in ("forward", "backward_input"):
+        assert cast.seconds[name, name] - as_kept.seconds[name, name] == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    "changes, layout",
+    [
+        ({"fsdp": True, "global_batch_sequences": 64}, Layout(tp=4, sp=True, cp=2)),
+        ({"fsdp": True, "global_batch_sequences": 64}, Layout(tp=2, sp=True, cp=4)),
+        ({"fsdp": True, "precision": "fp8-blockwise"}, Layout(cp=2)),
+        ({"fsdp": True}, Layout()),
+    ],
+)
+def test_a_faster_chip_with_the_same_links_is_never_slower(changes, layout):
+    """Even where its weights travel for longer than it computes: they travel beside launches and other waiting too."""
+    for shape in (SHAPES["qwen3-4b"], SHAPES["qwen3-14b"]):
+        seconds = [train_step(planned(shape, 64, name, layout=layout, **changes)).step_seconds for name in ("h100", "h200")]
+        assert seconds[1] <= seconds[0]
+
+
+def test_twice_the_tokens_are_never_faster_where_gathered_weights_are_slowest():
+    seconds = [
+        train_step(
+            planned(
+                SHAPES["qwen3-4b"], 8, "h800", layout=Layout(cp=2), fsdp=True, precision="fp8-blockwise",
+                sequence_length_tokens=tokens, global_batch_sequences=64,
+            )
+        ).step_seconds
+        for tokens in (512, 1024, 2048, 4096, 8192)
+    ]  # fmt: skip
+    assert seconds == sorted(seconds)
+
+
+@pytest.mark.parametrize(
     "bytes_moved, states",
     [
         (4 + 2 * 4 + 2 * 8 + 2, {}),
@@ -279,12 +342,12 @@ def test_fsdp_gathers_fp32_shards_in_the_type_of_the_products(pp):
 
 def test_tensor_parallel_collectives_of_a_step_are_counted():
     """With sequence parallel a dense layer gathers its input and scatters its output twice; backward the same and the inputs
-    again. The head gathers once forward and twice backward."""
+    again. The head gathers once forward, and backward gathers and scatters; the embedding scatters, and backward gathers."""
     run = planned(DENSE, 8, layout=Layout(tp=4, sp=True), global_batch_sequences=6)
     (tokens, tp, microbatches) = (4096, 4, 3)
     counts = {one.kind: one for one in train_step(run).transfers if one.axis == "tp"}
-    assert counts["all_gather"].count == microbatches * (DENSE.num_layers * (2 + 4) + 2)
-    assert counts["reduce_scatter"].count == microbatches * (DENSE.num_layers * (2 + 2) + 1)
+    assert counts["all_gather"].count == microbatches * (DENSE.num_layers * (2 + 4) + 2 + 1)
+    assert counts["reduce_scatter"].count == microbatches * (DENSE.num_layers * (2 + 2) + 1 + 1)
     one = wire_bytes("reduce_scatter", 2 * tokens * DENSE.hidden_size, tp)
     assert counts["reduce_scatter"].bytes_per_rank == pytest.approx(one * counts["reduce_scatter"].count)
 
