@@ -37,8 +37,7 @@ ASSUMED_RESPONSE_SHARE = 0.5
 PROBLEMS_EXIT_CODE = 1
 
 
-GENERATION = RolloutPlan(max_response_tokens=3840)
-"""With a prompt of 256 tokens the longest sample fills a sequence of 4096."""
+GENERATION = RolloutPlan()
 
 
 @dataclass(frozen=True)
@@ -200,19 +199,13 @@ def predict(run: PlannedRun) -> tuple[Prediction | None, list[Problem]]:
 
     Raises InputError for an unknown device, and for samples that don't fit into a sequence.
     """
-    found = settings_problems(run)
+    found = problems(run)
     if found:
         return None, found
     run = with_batch(replace(run, layout=run.layout.resolve(run.training_gpus)))
     found = check(run)
     has_steps = not problems(run) and (run.rollout is None or holds_a_sequence(run))
     return Prediction.of(run) if has_steps else None, found
-
-
-def settings_problems(run: PlannedRun) -> list[Problem]:
-    """What is wrong before anything is computed. The batch of a GRPO run is no setting: it follows from its samples."""
-    batch = "training.global_batch_sequences" if run.rollout else None
-    return [problem for problem in problems(run) if problem.setting != batch]
 
 
 def show_plan(run: PlannedRun, notes: Sequence[str] = ()) -> tuple[Prediction | None, list[Problem]]:
@@ -237,7 +230,7 @@ def plan_grpo(config: "GrpoConfig", gpus: int, device: str) -> int:
 def plan_evaluation(config: "EvaluateConfig", gpus: int, device: str) -> int:
     """--plan of launch/evaluate.py; returns the exit code."""
     run, console = evaluation_run(config, gpus, device), make_console()
-    found = settings_problems(run)
+    found = problems(run)
     if found:
         show_problems(found, console)
     else:

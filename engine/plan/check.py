@@ -6,8 +6,9 @@ from dataclasses import replace
 from ..config import InputError
 from .candidates import RECOMPUTE_CHOICES, SearchSpace, divisors, recompute_choices
 from .devices import device_named
-from .grpo import GrpoStep, grpo_step, optimizer_step_run
+from .grpo import GrpoStep, grpo_step
 from .memory import GIB, StageMemory, memory_per_rank, worst_stage
+from .packing import with_batch
 from .problem import Problem
 from .rollout_memory import cache_shortage, holds_a_sequence
 from .run import PlannedRun
@@ -109,14 +110,6 @@ def changes(run: PlannedRun) -> Iterator[Change]:
             continue
         if not problems(settled):
             yield flag, settled
-
-
-def with_batch(run: PlannedRun) -> PlannedRun:
-    """With a rollout, the run whose batch is what its samples are packed into. Raises InputError where one doesn't fit."""
-    if run.rollout is None:
-        return run
-    batch = optimizer_step_run(run).training.global_batch_sequences
-    return replace(run, training=replace(run.training, global_batch_sequences=batch))
 
 
 def _changes(run: PlannedRun) -> Iterator[Change]:

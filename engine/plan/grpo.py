@@ -4,16 +4,14 @@ Colocated, all GPUs take turns. Split, some only generate; with steps_ahead both
 step. Tokens a second count prompts and responses, over all GPUs (NeMo-RL docs/about/performance-summary.md).
 """
 
-import math
-from bisect import bisect_left, insort
 from dataclasses import dataclass, replace
 
 from ..config import InputError
 from .devices import device_named
 from .layer_time import Work
-from .lengths import ResponseLengths
+from .packing import packed_training
 from .rollout import RolloutTime, rollout_time
-from .run import PlannedRun
+from .run import PlannedRun, RolloutPlan
 from .states import rank_state_bytes
 from .training import StepTime, chunk_times, pipeline_hop, train_step
 from .weight_sync import WeightSyncTime, weight_sync_time
@@ -31,8 +29,6 @@ POWER_FRACTION = {"training": 0.9, "rollout": 0.65, "waiting": 0.2}
 an idle GPU that holds weights keeps its clocks."""
 LEARNING_PARTS = ("old_logprobs", "reference_logprobs", "training")
 """Of GrpoStep.parts_seconds: what the training GPUs compute."""
-BIN_SAMPLES = 512
-"""Lengths that stand for a step's samples when they are packed."""
 
 
 @dataclass(frozen=True)
@@ -65,45 +61,17 @@ class WholeRun:
 
 
 def optimizer_step_run(run: PlannedRun) -> PlannedRun:
-    """The run as its trainer sees one optimizer step of a GRPO step: its batch follows from the samples.
+    """The run as its trainer sees one optimizer step of a GRPO step (`packed_training`).
 
-    Samples of a mini-batch are packed best-fit, longest first, into sequences of training.sequence_length_tokens and dealt to
-    the data-parallel replicas. Raises InputError where the longest sample doesn't fit into one.
+    Raises InputError where the longest sample doesn't fit into a sequence.
     """
-    plan, training = run.rollout, run.training
-    longest, limit = plan.prompt_tokens + plan.max_response_tokens, training.sequence_length_tokens
-    if longest > limit:
+    plan, limit = run.rollout, run.training.sequence_length_tokens
+    if plan.longest_sample_tokens > limit:
         raise InputError(
             f"a prompt of {plan.prompt_tokens:g} and a response of {plan.max_response_tokens} tokens don't fit into "
-            f"sequence_length_tokens {limit}: give at least {math.ceil(longest)}"
+            f"sequence_length_tokens {limit}: give at least {plan.longest_sample_tokens}"
         )
-    samples = plan.prompts_per_step * plan.group_size
-    lengths = ResponseLengths.of(plan.mean_response_tokens, plan.max_response_tokens, plan.response_spread)
-    stand_ins = min(samples, BIN_SAMPLES)
-    bins = packed_sequences([plan.prompt_tokens + tokens for tokens in lengths.quantiles(stand_ins)], limit)
-    replica_sequences = bins * samples / stand_ins / plan.optimizer_steps / run.layout.dp
-    microbatches = math.ceil(replica_sequences / training.micro_batch_sequences)
-    if run.layout.schedule == "interleaved":
-        microbatches = math.ceil(microbatches / run.layout.pp) * run.layout.pp
-    tokens = samples * (plan.prompt_tokens + lengths.mean_tokens) / plan.optimizer_steps / run.layout.dp
-    if not plan.pad_packed:
-        limit = math.ceil(tokens / (microbatches * training.micro_batch_sequences))
-    batch = microbatches * run.layout.dp * training.micro_batch_sequences
-    packed = math.ceil(plan.prompt_tokens + lengths.token_weighted_mean_tokens)
-    step = replace(
-        training, global_batch_sequences=batch, sequence_length_tokens=limit, packed_length_tokens=min(packed, limit)
-    )
-    return replace(run, training=step, rollout=None, gpus=run.training_gpus, placement="colocated")
-
-
-def packed_sequences(lengths_tokens: list[float], limit_tokens: int) -> int:
-    """Sequences of at most `limit_tokens` that hold samples of these lengths, best fit, longest first."""
-    room: list[float] = []
-    for length in sorted(lengths_tokens, reverse=True):
-        place = bisect_left(room, length)
-        left = room.pop(place) if place < len(room) else limit_tokens
-        insort(room, left - length)
-    return len(room)
+    return replace(run, training=packed_training(run), rollout=None, gpus=run.training_gpus, placement="colocated")
 
 
 def grpo_step(run: PlannedRun) -> GrpoStep:
@@ -143,7 +111,7 @@ def grpo_step(run: PlannedRun) -> GrpoStep:
         }
         if run.placement == "colocated":
             parts["switch"] = 0.0 if plan.weight_sync == "alias" else SWITCH_SECONDS
-            parts["offload"] = host_copy_seconds(step_run, ("weights", "optimizer")) if plan.offload_training else 0.0
+            parts["offload"] = host_copy_seconds(step_run, offloaded_states(plan)) if plan.offload_training else 0.0
         else:
             idle = sum(learner.values()) - sync.seconds
     seconds = sum(parts.values())
@@ -162,6 +130,12 @@ def forward_seconds(run: PlannedRun) -> float:
             busy[rank] += seconds / len(ranks)
     filling = sum(passes) + (len(passes) - 1) * pipeline_hop(work)[1]
     return filling + (run.microbatches - 1) * max(busy)
+
+
+def offloaded_states(plan: RolloutPlan) -> tuple[str, ...]:
+    """The states (fields of StateBytes) that offload_training moves: engines that generate with the trainer's weights keep
+    them on the device."""
+    return ("optimizer",) if plan.weight_sync == "alias" else ("weights", "optimizer")
 
 
 def host_copy_seconds(run: PlannedRun, states: tuple[str, ...]) -> float:

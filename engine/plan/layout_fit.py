@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ..config import Layout
 from .problem import Problem, nearest_fitting, nearest_multiples
 
 if TYPE_CHECKING:
@@ -171,20 +172,27 @@ def _with_vpp(run: "PlannedRun", vpp: int) -> "PlannedRun":
     return replace(run, layout=replace(run.layout, vpp=vpp))
 
 
+def microbatch_rule(layout: Layout) -> tuple[int, int]:
+    """The number of micro-batches a replica that a schedule takes: (a multiple of this, this many at least)."""
+    pp = layout.pp
+    return {"interleaved": (pp, pp), "dualpipe": (2, 2 * pp), "dualpipev": (1, 2 * pp)}.get(layout.schedule, (1, 1))
+
+
 def batch_problems(run: "PlannedRun") -> Iterator[Problem]:
-    """Sequences of a step over replicas and micro-batches, and micro-batches over the schedule."""
+    """Sequences of a step over replicas and micro-batches, and micro-batches over the schedule. With a rollout they follow
+    from the samples, so that they always fit (`packing.packed_training`)."""
+    if run.rollout is not None:
+        return
     layout, training, pp = run.layout, run.training, run.layout.pp
     batch, unit = training.global_batch_sequences, layout.dp * training.micro_batch_sequences
     setting = "training.global_batch_sequences"
-    if layout.schedule == "interleaved":
-        unit_of_schedule, fewest, needs = unit * pp, 1, f"a multiple of pp = {pp}"
-    elif layout.schedule == "dualpipe":
-        unit_of_schedule, fewest, needs = unit * 2, pp, f"an even number of at least 2 x pp = {2 * pp}"
-    elif layout.schedule == "dualpipev":
-        unit_of_schedule, fewest, needs = unit, 2 * pp, f"at least 2 x pp = {2 * pp}"
-    else:
-        unit_of_schedule, fewest, needs = unit, 1, ""
-    least = fewest * unit_of_schedule
+    needs = {
+        "interleaved": f"a multiple of pp = {pp}",
+        "dualpipe": f"an even number of at least 2 x pp = {2 * pp}",
+        "dualpipev": f"at least 2 x pp = {2 * pp}",
+    }.get(layout.schedule)
+    multiple, fewest = microbatch_rule(layout)
+    unit_of_schedule, least = unit * multiple, unit * fewest
     if batch % unit_of_schedule == 0 and batch >= least:
         return
     reason = f"doesn't divide into micro-batches of {training.micro_batch_sequences} on {layout.dp} replicas"

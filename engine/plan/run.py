@@ -1,9 +1,11 @@
 """What a prediction needs to know: `PlannedRun`, a model on a number of GPUs with a layout, a training and a rollout part."""
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ..config import InputError, Layout, Placement
+from .packing import with_batch
 from .shape import ModelShape
 from .stages import LayerDivision, Stage, chunks_of, ranks_of_chunks, stages_of
 from .validation import problems
@@ -26,7 +28,8 @@ class TrainingPlan:
     packed_length_tokens: int = 0
     """Of the sequences packed into one, the length that a mean token's has: attention sees no farther. 0: one fills it."""
     global_batch_sequences: int = 256
-    """Sequences an optimizer step, over all data-parallel replicas."""
+    """Sequences an optimizer step, over all data-parallel replicas. With a rollout it follows from the samples
+    (`packing.with_batch`), whatever is given."""
     micro_batch_sequences: int = 1
     """Sequences a forward pass of one replica."""
     precision: TrainingPrecision = "bf16"
@@ -100,8 +103,8 @@ class RolloutPlan:
     prompt_tokens: float = 256.0
     """Mean length of a prompt, in tokens."""
     mean_response_tokens: float = 1024.0
-    max_response_tokens: int = 4096
-    """Where a response is cut."""
+    max_response_tokens: int = 3840
+    """Where a response is cut. With a prompt of 256 tokens the longest sample fills a sequence of 4096."""
     response_spread: float = 0.8
     """Standard deviation of the logarithm of response lengths before the cut (lognormal)."""
     gpus: int = 0
@@ -147,6 +150,11 @@ class RolloutPlan:
     """The policy's log-probs are recomputed by the trainer before training on them."""
 
     @property
+    def longest_sample_tokens(self) -> int:
+        """Of a prompt and the longest response."""
+        return math.ceil(self.prompt_tokens + self.max_response_tokens)
+
+    @property
     def engine_gpus(self) -> int:
         """GPUs of one generation engine."""
         return max(self.tp, self.ep) * self.pp
@@ -174,7 +182,7 @@ class PlannedRun:
 
     @staticmethod
     def of(shape: ModelShape, gpus: int, **settings) -> "PlannedRun":
-        """A run with its layout resolved to the training GPUs.
+        """A run with its layout resolved to the training GPUs, and with a rollout the batch that its samples are packed into.
 
         Raises InputError with every mistake that `validation.problems` finds, one a line.
         """
@@ -182,7 +190,7 @@ class PlannedRun:
         found = problems(run)
         if found:
             raise InputError("\n".join(map(str, found)))
-        return replace(run, layout=run.layout.resolve(run.training_gpus))
+        return with_batch(replace(run, layout=run.layout.resolve(run.training_gpus)))
 
     @property
     def training_gpus(self) -> int:

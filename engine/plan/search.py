@@ -18,7 +18,8 @@ from .bounds import Bounds
 from .candidates import SearchSpace, layouts, least_work, memory_settings, recompute_choices, rollouts
 from .check import check, needs, predict
 from .devices import device_named
-from .grpo import SAMPLE_SECONDS, SWITCH_SECONDS, GrpoStep, host_copy_seconds, optimizer_step_run
+from .grpo import SAMPLE_SECONDS, SWITCH_SECONDS, GrpoStep, host_copy_seconds, offloaded_states, optimizer_step_run
+from .layout_fit import microbatch_rule
 from .memory import colocated_rollout_memory, memory_per_rank, training_memory, worst_stage
 from .rollout import rollout_time
 from .run import PlannedRun, RolloutPlan, TrainingPlan
@@ -281,7 +282,7 @@ class _Search:
         if run.placement == "colocated" and plan.weight_sync != "alias":
             learner_seconds += SWITCH_SECONDS
         if settled and plan.offload_training:
-            learner_seconds += host_copy_seconds(step_run, ("weights", "optimizer"))
+            learner_seconds += host_copy_seconds(step_run, offloaded_states(plan))
             learner_seconds += host_copy_seconds(step_run, ("weights",)) if plan.reference else 0.0
         return max(engine_seconds, learner_seconds) if plan.steps_ahead else engine_seconds + learner_seconds
 
@@ -290,8 +291,7 @@ class _Search:
         if run.rollout is None:
             return run
         layout = run.layout
-        per_schedule = layout.pp if layout.schedule == "interleaved" else 1
-        key = (layout.dp, run.training.micro_batch_sequences, per_schedule)
+        key = (layout.dp, run.training.micro_batch_sequences, *microbatch_rule(layout))
         if key not in self.batches:
             self.batches[key] = optimizer_step_run(run).training
         batch = self.batches[key]

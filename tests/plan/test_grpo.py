@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strop.engine.config import InputError, Layout
-from strop.engine.plan.grpo import LEARNING_PARTS, forward_seconds, grpo_step, optimizer_step_run, packed_sequences, whole_run
+from strop.engine.plan.grpo import LEARNING_PARTS, forward_seconds, grpo_step, optimizer_step_run, whole_run
 from strop.engine.plan.models import SHAPES
+from strop.engine.plan.packing import packed_sequences
 from strop.engine.plan.run import PlannedRun, RolloutPlan, TrainingPlan
 from strop.engine.plan.training import train_step
 
