@@ -4,6 +4,7 @@ The order of work of a schedule (`timeline`) is compiled once into a list of slo
 is then one pass over that list. Long runs are extended by the steady pace, so that the cost doesn't grow with the batch.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,6 +12,11 @@ from functools import lru_cache
 from ..config import InputError, PipelineSchedule
 from .collectives import BESIDE_COMPUTE_FRACTION
 from .timeline import Slot, dualpipe, dualpipev, interleaved, one_forward_one_backward, zero_bubble
+
+SETTLED_ERROR = 1e-3
+"""Of a step, by a pace that hasn't settled."""
+LEAST_FORWARDS = 256
+"""Of all ranks together: so few are run in no time, so the pace is never taken from fewer."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class PipelineTime:
     @property
     def bubble_seconds(self) -> float:
         """Time for which the busiest rank waits for the others."""
-        return self.total_seconds - self.hop_seconds - self.busy_seconds[self.bottleneck]
+        return max(0.0, self.total_seconds - self.hop_seconds - self.busy_seconds[self.bottleneck])
 
 
 def pair_seconds(forward: StageSeconds, backward: StageSeconds, contention: float) -> float:
@@ -77,38 +83,44 @@ def pipeline_time(
     schedule has both. Raises InputError for a schedule that can't, or that has too few micro-batches.
     """
     made = (schedule, tuple(stages), pp, len(stages) // pp)
-    how = (paired, contention)
-    settled = _settled_microbatches(pp, microbatches)
-    if microbatches <= settled + pp:
-        found = _run(*made, microbatches, hop_seconds, *how)
-        without_hops = _run(*made, microbatches, 0.0, *how)[0] if hop_seconds else found[0]
-    else:
-        more, factor = settled + pp, (microbatches - settled) / pp
-        first, second = _run(*made, settled, hop_seconds, *how), _run(*made, more, hop_seconds, *how)
-        found = _extended(first, second, factor)
-        without_hops = found[0]
-        if hop_seconds:
-            without_hops = _extended(_run(*made, settled, 0.0, *how), _run(*made, more, 0.0, *how), factor)[0]
-    total, busy = found
+    total, busy = _extended(*made, microbatches, hop_seconds, paired, contention)
+    without_hops = _extended(*made, microbatches, 0.0, paired, contention)[0] if hop_seconds else total
     bottleneck = max(range(pp), key=busy.__getitem__)
     return PipelineTime(total, bottleneck, busy, total - without_hops)
 
 
 def _extended(
-    first: tuple[float, tuple[float, ...]], second: tuple[float, tuple[float, ...]], factor: float
+    schedule: PipelineSchedule,
+    stages: tuple[StageSeconds, ...],
+    pp: int,
+    per_rank: int,
+    microbatches: int,
+    hop_seconds: float,
+    paired: bool,
+    contention: float,
 ) -> tuple[float, tuple[float, ...]]:
-    """`first`, and `factor` times what `second` has more; no faster than the busiest rank can go on.
+    """As `_run`, but of many micro-batches only so many as it takes until every further pp of them take the same time.
 
-    While the others still wait for the first micro-batches, that rank's work may fill gaps, so that `second` has less more.
+    In the end the pace is that of the busiest rank, or of a longer circle of waiting with hops in it. Until then that rank's
+    work may fill gaps, or the circle may not have closed, so that the pace is taken where it is the busiest rank's or the same
+    as with half as many micro-batches. What either leaves open is at most SETTLED_ERROR of the step.
     """
-    more = [b - a for a, b in zip(first[1], second[1], strict=True)]
-    busy = tuple(a + factor * b for a, b in zip(first[1], more, strict=True))
-    return first[0] + factor * max(second[0] - first[0], *more), busy
 
+    def run(count: int) -> tuple[float, tuple[float, ...]]:
+        return _run(schedule, stages, pp, per_rank, count, hop_seconds, paired, contention)
 
-def _settled_microbatches(pp: int, microbatches: int) -> int:
-    """A number of micro-batches after which every further one takes the same time; as far from `microbatches` as whole pp."""
-    return min(microbatches, 3 * pp + (microbatches % pp))
+    some, paces = max(3, math.ceil(LEAST_FORWARDS / (pp * pp * per_rank))) * pp, []
+    while microbatches > some + 2 * pp:
+        settled = some + microbatches % pp
+        first, second = run(settled), run(settled + pp)
+        more = [b - a for a, b in zip(first[1], second[1], strict=True)]
+        pace, rounds = max(second[0] - first[0], *more), (microbatches - settled) / pp
+        total = first[0] + rounds * pace
+        paces += [second[0] - first[0]]
+        if rounds * min(abs(paces[-1] - other) for other in (max(more), *paces[:-1][-1:])) <= SETTLED_ERROR * total:
+            return total, tuple(a + rounds * b for a, b in zip(first[1], more, strict=True))
+        some *= 2
+    return run(microbatches)
 
 
 @lru_cache(maxsize=256)

@@ -124,17 +124,30 @@ def test_prediction_is_the_event_simulation(schedule, pp, vpp, microbatches, pai
     assert time.hop_seconds >= -1e-9
 
 
-def test_hundreds_of_microbatches_are_the_event_simulation_too():
-    for schedule, pp, vpp, microbatches in (("1f1b", 8, 1, 203), ("interleaved", 4, 4, 128), ("dualpipe", 8, 1, 160)):
-        stages = uneven_stages(pp * vpp, seed=3)
+@pytest.mark.parametrize("schedule, paired", [
+    ("1f1b", False), ("1f1b", True), ("interleaved", False), ("interleaved", True), ("zero-bubble", False),
+    ("dualpipe", True), ("dualpipev", False), ("dualpipev", True),
+])  # fmt: skip
+def test_hundreds_of_microbatches_on_uneven_stages_are_the_event_simulation_too(schedule, paired):
+    """The pace of a prediction's last micro-batches is extended, wherever that pace settles."""
+    rng = random.Random(f"{schedule} {paired}")
+    for _ in range(12):
+        pp, spread, hop_seconds = rng.choice([2, 4, 8]), rng.choice([0.0, 0.02, 0.1, 0.5]), rng.choice([0.0, 0.05])
+        per_rank = {"interleaved": rng.choice([2, 3]), "dualpipev": 2}.get(schedule, 1)
+        microbatches = pp * rng.choice([6, 12, 20])
+        sizes = [1 + spread * rng.random() for _ in range(pp * per_rank)]
+        exchange = rng.choice([0.0, 0.5, 1.0])
+        stages = [StageSeconds(size, 1.1 * size, 0.9 * size, exchange * size, exchange * size) for size in sizes]
         intervals = simulate(
-            orders_of(schedule, pp, vpp, microbatches, False),
+            orders_of(schedule, pp, per_rank, microbatches, paired),
             lambda rank, slot, stages=stages: slot_seconds(
-                stages, [one.work for one in slot], [one.stage for one in slot], None
+                stages, [one.work for one in slot], [one.stage for one in slot], 0.15 if paired else None
             ),
+            hop_seconds,
         )
-        time = pipeline_time(schedule, stages, pp, microbatches)
+        time = pipeline_time(schedule, stages, pp, microbatches, hop_seconds, paired, 0.15)
         assert time.total_seconds == pytest.approx(max(one.end_seconds for one in intervals), rel=0.005)
+        assert time.bubble_seconds >= 0 and time.hop_seconds >= 0
 
 
 def test_orders_that_wait_for_each_other_are_an_error():
