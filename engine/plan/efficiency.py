@@ -151,15 +151,19 @@ def grouped_gemm_seconds(
     return LAUNCH_SECONDS[device.architecture] + max(min(candidates), moved_bytes / memory_rate)
 
 
-def attention_seconds(device: DeviceFacts, flops: float, backward: bool, head_dim: int, sequence: float) -> float:
-    """Attention's core (scores, softmax, weighted values) by a flash kernel in bf16.
+def attention_seconds(
+    device: DeviceFacts, flops: float, backward: bool, head_dim: int, sequence: float, precision: Precision = "bf16"
+) -> float:
+    """Attention's core (scores, softmax, weighted values) by a flash kernel in bf16, or by one of its kind in fp32, which is
+    assumed to reach the same fraction of its peak.
 
     `flops`: of the *forward* core without what the mask leaves out (causal: half), also where `backward` asks for the seconds
     of its backward pass. `head_dim`: of queries and keys. `sequence`: tokens that attend to each other.
     """
     curves = ATTENTION_FRACTION[device.architecture]
     full, half = curves[min(curves, key=lambda width: abs(width - head_dim))]
-    rate = device.bf16_flops_per_second * min(1.0, limited_clock(device)) * (ATTENTION_BACKWARD_FRACTION if backward else 1.0)
+    rate = peak_flops_per_second(device, precision) * min(1.0, limited_clock(device))
+    rate *= ATTENTION_BACKWARD_FRACTION if backward else 1.0
     flops *= ATTENTION_BACKWARD_FLOPS if backward else 1.0
     longest_tile = 4 * min(QUERY_TILE, sequence) * sequence * head_dim * (ATTENTION_BACKWARD_FLOPS if backward else 1.0)
     seconds = max(

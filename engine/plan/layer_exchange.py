@@ -13,7 +13,7 @@ from .collectives import (
     members_per_node,
     wire_bytes,
 )
-from .layer_time import BF16_BYTES, Operation, Work
+from .layer_time import Operation, Work
 from .run import Dispatcher, RecomputePart
 from .shape import MoeShape
 from .states import RankParameters, replicas
@@ -85,12 +85,12 @@ def axis_size(work: Work, axis: Axis) -> int:
 def _tensor_parallel(work: Work, layer: int, operations: dict[str, Operation]) -> list[Exchange]:
     """Megatron's f and g (arXiv 1909.08053; with sequence parallel all-gather and reduce-scatter, arXiv 2205.05198)."""
     shape = work.run.shape
-    wide = BF16_BYTES * work.tokens * shape.hidden_size
+    wide = work.element_bytes * work.tokens * shape.hidden_size
     exchanges: list[Exchange] = []
     if shape.mla is None:
         exchanges += column(work, wide, operations["qkv"])
     else:
-        latent = BF16_BYTES * work.tokens
+        latent = work.element_bytes * work.tokens
         if shape.mla.q_rank:
             exchanges += column(work, latent * shape.mla.q_rank, operations["q_up"])
         else:
@@ -166,11 +166,12 @@ def _context_parallel(work: Work, operations: dict[str, Operation]) -> list[Exch
     exchanges = []
     for direction, beside, tensors in (("forward", core.forward_seconds, 1), ("backward", core.backward_input_seconds, 2)):
         if layout.cp_kind == "ulysses":
-            sent, seconds = collective(work, "cp", "all_to_all", BF16_BYTES * work.tokens * (query + key_value + output))
+            payload = work.element_bytes * work.tokens * (query + key_value + output)
+            sent, seconds = collective(work, "cp", "all_to_all", payload)
             exchanges.append(Exchange("cp", "all_to_all", direction, sent, seconds, seconds, 4))
             continue
         hops = layout.cp - 1
-        sent, seconds = collective(work, "cp", "send_recv", tensors * BF16_BYTES * work.tokens * key_value)
+        sent, seconds = collective(work, "cp", "send_recv", tensors * work.element_bytes * work.tokens * key_value)
         exposed = hops * (seconds - hidden_seconds(work, seconds, beside / layout.cp))
         exchanges.append(Exchange("cp", "send_recv", direction, hops * sent, hops * seconds, exposed, hops))
     return exchanges
@@ -185,8 +186,8 @@ def _expert_parallel(work: Work, moe: MoeShape, operations: dict[str, Operation]
         tokens = work.tokens / layout.tp
         for direction in ("forward", "backward"):
             for kind, of, dtype_bytes in (
-                ("dispatch", dispatch_seconds, training.dispatch_dtype_bytes),
-                ("combine", combine_seconds, BF16_BYTES),
+                ("dispatch", dispatch_seconds, 1 if training.dispatch_dtype_bytes == 1 else work.element_bytes),
+                ("combine", combine_seconds, work.element_bytes),
             ):
                 seconds = training.expert_imbalance * of(
                     device, tokens, shape.hidden_size, moe, layout.ep, near, dtype_bytes, training.dispatcher
@@ -195,7 +196,7 @@ def _expert_parallel(work: Work, moe: MoeShape, operations: dict[str, Operation]
                 sent = tokens * copies * shape.hidden_size * dtype_bytes * (layout.ep - 1) / layout.ep
                 exchanges.append(Exchange("ep", kind, direction, sent, seconds, seconds))
     if layout.etp > 1:
-        payload = BF16_BYTES * work.routed_rows * shape.hidden_size
+        payload = work.element_bytes * work.routed_rows * shape.hidden_size
         for direction in ("forward", "backward"):
             for kind in ("all_gather", "reduce_scatter"):
                 sent, seconds = collective(work, "etp", kind, payload)
@@ -207,7 +208,7 @@ def embedding_exchanges(work: Work) -> list[Exchange]:
     """Of an embedding whose vocabulary is divided over tp: each rank looks up its own tokens, the outputs are summed."""
     if work.run.layout.tp == 1:
         return []
-    payload = BF16_BYTES * work.tokens * work.run.shape.hidden_size
+    payload = work.element_bytes * work.tokens * work.run.shape.hidden_size
     if not work.run.layout.sp:
         return [_beside(work, "all_reduce", "forward", payload, 0.0)]
     return [

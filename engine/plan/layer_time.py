@@ -13,8 +13,6 @@ from .facts import attention_core_flops_per_token
 from .run import Dispatcher, PlannedRun, RecomputePart
 from .shape import MoeShape
 
-BF16_BYTES = 2
-
 
 @dataclass(frozen=True)
 class QuantizeBytes:
@@ -94,6 +92,15 @@ class Work:
         return self.run.expert_token_copies
 
     @property
+    def element_bytes(self) -> int:
+        return self.run.training.element_bytes
+
+    @property
+    def unquantized(self) -> Precision:
+        """Of attention, router and head, which no precision makes FP8."""
+        return "fp32" if self.run.training.precision == "fp32" else "bf16"
+
+    @property
     def passes(self) -> float:
         return FUSED_PASSES if self.run.training.compiled else EAGER_PASSES
 
@@ -112,7 +119,7 @@ class Work:
         precision = precision or self.run.training.precision
         forward, gradient, weight = (self._seconds(groups, *sizes, precision) for sizes in ((m, n, k), (m, k, n), (n, k, m)))
         accumulated_bytes = 2 * self.run.training.gradient_dtype_bytes * groups * n * k
-        weight = max(weight, memory_bound_seconds(self.device, accumulated_bytes + BF16_BYTES * groups * m * (n + k)))
+        weight = max(weight, memory_bound_seconds(self.device, accumulated_bytes + self.element_bytes * groups * m * (n + k)))
         casts = QUANTIZE_BYTES.get(precision)
         cast_kernels = 0
         if casts is not None:
@@ -148,12 +155,12 @@ class Work:
         backward_kernels: int = 1,
         fixed: bool = False,
     ) -> Operation:
-        """An operation that reads and writes this many bf16 elements; `fixed`: eager code moves no more of them."""
+        """An operation that reads and writes this many elements; `fixed`: eager code moves no more of them."""
         passes = FUSED_PASSES if fixed else self.passes
         more = 1.0 if self.run.training.compiled or fixed else EAGER_PASSES / FUSED_PASSES
         kernels = [round(count * more) for count in (forward_kernels, backward_kernels)]
         forward, backward = (
-            memory_bound_seconds(self.device, BF16_BYTES * elements * passes, count)
+            memory_bound_seconds(self.device, self.element_bytes * elements * passes, count)
             for elements, count in zip((forward_elements, backward_elements), kernels, strict=True)
         )
         return Operation(name, forward, backward, 0.0, *kernels, parts)
@@ -231,7 +238,7 @@ def _core_attention(work: Work, layer: int, head_dim: int) -> Operation:
     sequence = work.run.training.attention_length_tokens
     flops = work.tokens / work.run.layout.tp * attention_core_flops_per_token(work.run.shape, layer, sequence)
     forward, backward = (
-        attention_seconds(work.device, flops, backward=backward, head_dim=head_dim, sequence=sequence)
+        attention_seconds(work.device, flops, backward, head_dim, sequence, work.unquantized)
         * (FLASH2_SECONDS[backward] if work.run.training.attention_kernel == "flash2" else 1.0)
         for backward in (False, True)
     )
@@ -265,7 +272,7 @@ def _experts(work: Work, moe: MoeShape) -> list[Operation]:
     sorted_elements = 2 * rows * hidden + (2 * rows * hidden if training.dispatcher == "alltoall" and layout.ep > 1 else 0)
     kernels = EXCHANGE_KERNELS[training.dispatcher]
     operations = [
-        work.product("router", outside, moe.num_experts, hidden, "experts", precision="bf16"),
+        work.product("router", outside, moe.num_experts, hidden, "experts", precision=work.unquantized),
         work.elementwise("routing", 12 * scores, 12 * scores, "experts", forward_kernels=ROUTER_KERNELS, backward_kernels=8),
     ]
     if moe.shared_intermediate_size:
@@ -314,7 +321,7 @@ its 16-bit copy; eager, retained: copied to fp32, log-softmax and its reading, b
 
 
 def head_operations(work: Work) -> list[Operation]:
-    """The last norm, the head and the loss, in bf16: 6 N H V operations whatever becomes of the logits."""
+    """The last norm, the head and the loss, never in FP8: 6 N H V operations whatever becomes of the logits."""
     vocabulary = work.run.shape.vocab_size / work.run.layout.tp
     forward, backward = (
         memory_bound_seconds(work.device, logit_bytes * work.tokens * vocabulary, kernels=6)
@@ -322,7 +329,7 @@ def head_operations(work: Work) -> list[Operation]:
     )
     return [
         _norm(work, "last_norm"),
-        work.product("head", work.tokens, vocabulary, work.run.shape.hidden_size, precision="bf16"),
+        work.product("head", work.tokens, vocabulary, work.run.shape.hidden_size, precision=work.unquantized),
         Operation("loss", forward, backward, forward_kernels=6, backward_kernels=6),
     ]
 

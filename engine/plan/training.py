@@ -25,7 +25,6 @@ from .layer_exchange import (
     layer_exchanges,
 )
 from .layer_time import (
-    BF16_BYTES,
     Operation,
     Work,
     embedding_operations,
@@ -200,7 +199,7 @@ def _head_pass(work: Work) -> PassTime:
     operations = head_operations(work)
     exchanges = []
     if work.run.layout.tp > 1:
-        exchanges = column(work, BF16_BYTES * work.tokens * work.run.shape.hidden_size, operations[1])
+        exchanges = column(work, work.element_bytes * work.tokens * work.run.shape.hidden_size, operations[1])
     return _pass(work, operations, exchanges, _vocabulary_matrix(work))
 
 
@@ -250,7 +249,7 @@ def pipeline_hop(work: Work) -> tuple[float, float]:
     """(bytes, seconds) of a micro-batch's hidden states from one pipeline rank to the next."""
     if work.run.layout.pp == 1:
         return 0.0, 0.0
-    return collective(work, "pp", "send_recv", BF16_BYTES * work.tokens_outside * work.run.shape.hidden_size)
+    return collective(work, "pp", "send_recv", work.element_bytes * work.tokens_outside * work.run.shape.hidden_size)
 
 
 def pipeline_messages(run: PlannedRun, rank: int) -> int:
