@@ -130,7 +130,7 @@ def grpo_run(config: "GrpoConfig", gpus: int, device: str) -> PlannedRun:
     """
     train, width = config.train, PRECISION_BYTES[config.precision]
     generation = replace(
-        _generation(config.rollout, width, config.rollout.max_new_tokens),
+        _generation(config.rollout, config.layout, width, config.rollout.max_new_tokens),
         prompts_per_step=config.rollout.prompts_per_step, group_size=config.rollout.group_size,
         prompt_tokens=min(ASSUMED_PROMPT_TOKENS, max(1, train.microbatch_tokens - config.rollout.max_new_tokens)),
         optimizer_steps=train.minibatches, reference=train.loss.kl_coef > 0, old_logprobs=train.minibatches > 1,
@@ -151,7 +151,7 @@ def evaluation_run(config: "EvaluateConfig", gpus: int, device: str) -> PlannedR
     """The generation of launch/evaluate.py with this config on `gpus` ranks; nothing of its training part takes place."""
     width = PRECISION_BYTES[config.precision]
     generation = replace(
-        _generation(config.rollout, width, config.eval.max_new_tokens),
+        _generation(config.rollout, config.layout, width, config.eval.max_new_tokens),
         prompts_per_step=config.eval.questions or ASSUMED_QUESTIONS, group_size=config.eval.samples,
     )  # fmt: skip
     run = PlannedRun(
@@ -163,11 +163,13 @@ def evaluation_run(config: "EvaluateConfig", gpus: int, device: str) -> PlannedR
     return _with_cache(run, config.rollout.kv_cache_gib)
 
 
-def _generation(engine: "EngineConfig", width: int, max_new_tokens: int) -> RolloutPlan:
-    """What the rollout engine's own settings say: weights are the trainer's, kernels are launched one by one."""
+def _generation(engine: "EngineConfig", layout: Layout, width: int, max_new_tokens: int) -> RolloutPlan:
+    """What the rollout engine's own settings say: weights are the trainer's and divided as its, kernels are launched one by
+    one."""
     return RolloutPlan(
         prompt_tokens=ASSUMED_PROMPT_TOKENS, mean_response_tokens=max(1.0, ASSUMED_RESPONSE_SHARE * max_new_tokens),
         max_response_tokens=max_new_tokens, weights_dtype_bytes=width, kv_dtype_bytes=width, weight_sync="alias",
+        tp=layout.tp, pp=layout.pp, ep=layout.ep,
         cuda_graphs=False, max_sequences=engine.max_batch,
     )  # fmt: skip
 

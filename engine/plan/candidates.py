@@ -80,7 +80,7 @@ def layouts(base: PlannedRun, space: SearchSpace) -> Iterator[PlannedRun]:
                     for cp_kind in space.cp_kinds if cp > 1 else ("ring",):
                         for schedule, vpp in _schedules(base.shape, space, pp):
                             degrees = (tp, tp > 1, cp, cp_kind, pp, vpp, schedule, ep, etp, dense_ranks // (tp * cp))
-                            yield from _divided(replace(base, layout=Layout(*degrees)), space)
+                            yield from _divided(_with_layout(base, Layout(*degrees)), space)
 
 
 def _expert_degrees(shape: ModelShape, space: SearchSpace, dense_ranks: int, tp: int) -> Iterator[tuple[int, int]]:
@@ -105,6 +105,14 @@ def _schedules(shape: ModelShape, space: SearchSpace, pp: int) -> Iterator[tuple
         for vpp in space.vpp or [v for v in range(2, fewest + 1) if most % v == 0 or v in (2, 4, 8)]:
             if vpp > 1:
                 yield schedule, vpp
+
+
+def _with_layout(base: PlannedRun, layout: Layout) -> PlannedRun:
+    """Where no tokens travel to experts (ep 1), settings of how they do are those without effect."""
+    training = base.training
+    if layout.ep == 1 and base.shape.moe is not None:
+        training = replace(training, overlap_expert=False, dispatch_dtype_bytes=2, expert_imbalance=1.0)
+    return replace(base, layout=layout, training=training)
 
 
 def _divided(run: PlannedRun, space: SearchSpace) -> Iterator[PlannedRun]:

@@ -19,7 +19,7 @@ def rank_problems(run: "PlannedRun") -> Iterator[Problem]:
     if ranks % model_ranks:
         reason = f"{ranks} training GPUs can't hold tp {layout.tp} x cp {layout.cp} x pp {layout.pp} = {model_ranks}"
         generating = run.gpus - ranks
-        yield Problem("gpus", run.gpus, reason, tuple(generating + fit for fit in nearest_multiples(ranks, _shared_by(run))))
+        yield Problem("gpus", run.gpus, reason, tuple(generating + fit for fit in nearest_multiples(ranks, shared_by(run))))
     elif layout.dp not in (0, ranks // model_ranks):
         reason = f"{ranks} training GPUs with tp {layout.tp} x cp {layout.cp} x pp {layout.pp} give another number of replicas"
         yield Problem("layout.dp", layout.dp, reason, (ranks // model_ranks,))
@@ -29,7 +29,7 @@ def rank_problems(run: "PlannedRun") -> Iterator[Problem]:
         yield Problem("layout.ep", layout.ep, reason, nearest_fitting(layout.ep, dense_ranks, lambda ep: _ep_fits(run, ep)))
 
 
-def _shared_by(run: "PlannedRun") -> int:
+def shared_by(run: "PlannedRun") -> int:
     """What the number of training GPUs must be a multiple of: replicas, and where they generate too, engines."""
     model_ranks = run.layout.tp * run.layout.cp * run.layout.pp
     colocated = run.rollout is not None and run.placement == "colocated"
@@ -54,16 +54,16 @@ def _undivided_by_tp(run: "PlannedRun", tp: int) -> list[str]:
     if run.layout.sp:
         counts["tokens of a micro-batch"] = run.microbatch_tokens
     reasons = [f"doesn't divide {count} {what}" for what, count in counts.items() if count % tp]
-    return reasons if _kv_heads_fit(run, tp) else [*reasons, _kv_reason(run, "it")]
+    return reasons if kv_heads_fit(run, tp) else [*reasons, kv_reason(run, "it")]
 
 
-def _kv_heads_fit(run: "PlannedRun", ranks: int) -> bool:
+def kv_heads_fit(run: "PlannedRun", ranks: int) -> bool:
     """Every rank gets as many key/value heads, or every head as many copies. Latent attention has a key for each head."""
     kv_heads = run.shape.num_kv_heads
     return run.shape.mla is not None or kv_heads % ranks == 0 or ranks % kv_heads == 0
 
 
-def _kv_reason(run: "PlannedRun", ranks: str) -> str:
+def kv_reason(run: "PlannedRun", ranks: str) -> str:
     return f"{run.shape.num_kv_heads} key/value heads neither divide by {ranks} nor can all be copied equally often"
 
 
@@ -74,7 +74,7 @@ def _ranks_fit(run: "PlannedRun", tp: int = 0, cp: int = 0, pp: int = 0) -> bool
 
 
 def expert_problems(run: "PlannedRun") -> Iterator[Problem]:
-    """Experts over ep, their columns over etp."""
+    """Experts over ep, their columns over etp, and settings of their exchange."""
     layout, moe = run.layout, run.shape.moe
     if moe is None:
         for name in ("ep", "etp"):
@@ -82,6 +82,17 @@ def expert_problems(run: "PlannedRun") -> Iterator[Problem]:
                 yield Problem(f"layout.{name}", getattr(layout, name), f"{run.shape.name} has no experts", (1,))
         return
     dense_ranks = run.training_gpus // layout.pp
+    if layout.tp > 1 and not layout.sp:
+        reason = "with experts, tensor-parallel ranks divide the tokens between them (as Megatron-LM requires)"
+        yield Problem("layout.sp", False, reason, (True,))
+    if run.training.expert_imbalance > layout.ep:
+        reason = f"the busiest of ep {layout.ep} ranks gets {layout.ep} times the mean at most"
+        yield Problem("training.expert_imbalance", run.training.expert_imbalance, reason, (layout.ep,))
+    if layout.ep == 1 and run.training.overlap_expert:
+        yield Problem("training.overlap_expert", True, "has no effect while layout.ep is 1: no tokens travel", (False,))
+    if layout.ep == 1 and run.training.dispatch_dtype_bytes != 2:
+        value = run.training.dispatch_dtype_bytes
+        yield Problem("training.dispatch_dtype_bytes", value, "has no effect while layout.ep is 1: no tokens travel", (2,))
     if moe.num_experts % layout.ep:
         nearest = nearest_fitting(layout.ep, dense_ranks, lambda ep: _ep_fits(run, ep))
         yield Problem("layout.ep", layout.ep, f"doesn't divide {moe.num_experts} experts", nearest)
@@ -120,7 +131,7 @@ def _undivided_by_cp(run: "PlannedRun", cp: int) -> list[str]:
     ranks = run.layout.tp * cp
     if run.shape.num_heads % ranks:
         reasons.append(f"ulysses divides {run.shape.num_heads} heads by tp x cp = {ranks}, which doesn't go")
-    return reasons if _kv_heads_fit(run, ranks) else [*reasons, _kv_reason(run, f"tp x cp = {ranks}")]
+    return reasons if kv_heads_fit(run, ranks) else [*reasons, kv_reason(run, f"tp x cp = {ranks}")]
 
 
 def pipeline_problems(run: "PlannedRun") -> Iterator[Problem]:
@@ -200,37 +211,3 @@ def batch_problems(run: "PlannedRun") -> Iterator[Problem]:
         reason = f"gives {batch // unit} micro-batches a replica; schedule {layout.schedule} needs {needs}"
     nearest = (least,) if batch < least else nearest_multiples(batch, unit_of_schedule)
     yield Problem(setting, batch, reason, nearest)
-
-
-def rollout_problems(run: "PlannedRun") -> Iterator[Problem]:
-    """The model over the GPUs of a generation engine, and engines over the GPUs that generate."""
-    plan, shape, moe = run.rollout, run.shape, run.shape.moe
-    if plan is None:
-        return
-    reasons = _undivided_by_rollout_tp(run, plan.tp)
-    nearest = nearest_fitting(plan.tp, run.rollout_gpus, lambda tp: not _undivided_by_rollout_tp(run, tp)) if reasons else ()
-    yield from (Problem("rollout.tp", plan.tp, reason, nearest) for reason in reasons)
-    if plan.ep > 1 and moe is None:
-        yield Problem("rollout.ep", plan.ep, f"{shape.name} has no experts", (1,))
-    elif plan.ep > 1 and (moe.num_experts % plan.ep or plan.ep % plan.tp):
-        reason = f"must divide {moe.num_experts} experts and be a multiple of rollout.tp {plan.tp}"
-        fits = nearest_fitting(plan.ep, run.rollout_gpus, lambda ep: moe.num_experts % ep == 0 and ep % plan.tp == 0)
-        yield Problem("rollout.ep", plan.ep, reason, fits)
-    if plan.pp > shape.num_layers:
-        yield Problem("rollout.pp", plan.pp, f"{shape.num_layers} layers don't fill as many ranks", (shape.num_layers,))
-    if run.rollout_gpus % plan.engine_gpus:
-        reason = f"generation engines take max(tp {plan.tp}, ep {plan.ep}) x pp {plan.pp} = {plan.engine_gpus} GPUs each"
-        if run.placement == "split":
-            fits = tuple(gpus for gpus in nearest_multiples(plan.gpus, plan.engine_gpus) if gpus < run.gpus)
-            yield Problem("rollout.gpus", plan.gpus, reason, fits)
-        else:
-            yield Problem("gpus", run.gpus, reason, nearest_multiples(run.gpus, _shared_by(run)))
-
-
-def _undivided_by_rollout_tp(run: "PlannedRun", tp: int) -> list[str]:
-    shape, moe = run.shape, run.shape.moe
-    counts = {"heads": shape.num_heads, "columns of a dense MLP": shape.dense_intermediate_size}
-    if moe is not None and run.rollout.ep == 1:
-        counts["columns of an expert"] = moe.expert_intermediate_size
-    reasons = [f"doesn't divide {count} {what}" for what, count in counts.items() if count % tp]
-    return reasons if _kv_heads_fit(run, tp) else [*reasons, _kv_reason(run, "it")]

@@ -3,27 +3,31 @@
 Whether it fits into memory is asked by `check.check`, after this.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Literal, get_args, get_origin, get_type_hints
 
+from .devices import DEVICES
 from .layout_fit import (
     batch_problems,
     context_problems,
     expert_problems,
     pipeline_problems,
     rank_problems,
-    rollout_problems,
     tensor_problems,
 )
 from .problem import Problem, nearest_fitting
+from .rollout_fit import rollout_problems
 
 if TYPE_CHECKING:
     from .run import PlannedRun
 
 CHECKS = (tensor_problems, expert_problems, context_problems, pipeline_problems, batch_problems, rollout_problems)
 FLOAT_BYTES = (1, 2, 4)
+MOST_SPREAD = 5
+"""Of the logarithm of response lengths: beyond, its moments leave what a float holds."""
 
 
 def problems(run: "PlannedRun") -> list[Problem]:
@@ -32,7 +36,7 @@ def problems(run: "PlannedRun") -> list[Problem]:
     Impossible values (a degree of 0) and contradictions come alone: what they make of the rest has no meaning. Where the GPUs
     don't divide over the degrees, what depends on the number of replicas isn't looked at.
     """
-    found = [*_value_problems(run), *_training_problems(run), *_placement_problems(run)]
+    found = list(_value_problems(run)) or [*_training_problems(run), *_device_problems(run), *_placement_problems(run)]
     if found:
         return found
     found = list(rank_problems(run))
@@ -69,9 +73,22 @@ def _value_problems(run: "PlannedRun") -> Iterator[Problem]:
         choices["rollout.kv_dtype_bytes"] = (rollout.kv_dtype_bytes, FLOAT_BYTES)
         if not 0 < rollout.memory_fraction <= 1:
             yield Problem("rollout.memory_fraction", rollout.memory_fraction, "a share of memory is above 0 and at most 1")
+    for path, part in (("", run), ("layout.", run.layout), ("training.", training), ("rollout.", rollout)):
+        for name, kind in _number_fields(type(part)).items() if part is not None else ():
+            setting, value = f"{path}{name}", getattr(part, name)
+            if math.isfinite(value) and (kind is float or isinstance(value, int)):
+                continue
+            _, *nearest = least.pop(setting, (value,))
+            if math.isfinite(value):
+                yield Problem(setting, value, "must be a whole number", (max(round(value), *nearest),))
+            else:
+                yield Problem(setting, value, "must be a finite number", tuple(nearest))
     for setting, (value, minimum) in least.items():
-        if not value >= minimum:  # not `<`, which NaN would pass
+        if value < minimum:
             yield Problem(setting, value, f"must be at least {minimum}", (minimum,))
+    if rollout is not None and MOST_SPREAD < rollout.response_spread < math.inf:
+        reason = f"is the standard deviation of a logarithm: at most {MOST_SPREAD}"
+        yield Problem("rollout.response_spread", rollout.response_spread, reason, (MOST_SPREAD,))
     for setting, (value, allowed) in choices.items():
         if value not in allowed:
             yield Problem(setting, value, f"must be {' or '.join(map(str, allowed))} bytes")
@@ -80,6 +97,12 @@ def _value_problems(run: "PlannedRun") -> Iterator[Problem]:
             value = getattr(part, name)
             if unknown := [one for one in (value if isinstance(value, tuple) else (value,)) if one not in names]:
                 yield Problem(f"{path}{name}", unknown[0], f"must be {' or '.join(names)}")
+
+
+@cache
+def _number_fields(part: type) -> dict[str, type]:
+    """Fields of a dataclass that are int or float."""
+    return {name: hint for name, hint in get_type_hints(part).items() if hint in (int, float)}
 
 
 @cache
@@ -98,8 +121,11 @@ def _training_problems(run: "PlannedRun") -> Iterator[Problem]:
     if training.precision == "fp32" and training.weights_dtype_bytes != 4:
         value = training.weights_dtype_bytes
         yield Problem("training.weights_dtype_bytes", value, "precision fp32 has weights of 4 bytes", (4,))
-    if "layer" in training.recompute and len(training.recompute) > 1:
-        yield Problem("training.recompute", training.recompute, "'layer' holds all other parts", (("layer",),))
+    if training.precision == "bf16" and training.weights_dtype_bytes == 1:
+        yield Problem("training.weights_dtype_bytes", 1, "precision bf16 has weights of 2 or 4 bytes", (2, 4))
+    yield from _recompute_problems(run)
+    if training.resident_gradients and run.rollout is None:
+        yield Problem("training.resident_gradients", True, "has no effect without a rollout", (False,))
     if training.recompute_layers > 0 and not training.recompute:
         yield Problem("training.recompute_layers", training.recompute_layers, "has no effect without training.recompute", (0,))
     if training.overlap_expert and run.shape.moe is None:
@@ -119,6 +145,33 @@ def _training_problems(run: "PlannedRun") -> Iterator[Problem]:
     if layout.vpp == 1 and layout.pp > 1 and layout.schedule == "interleaved":
         fits = (2,) if run.shape.num_layers >= 2 * layout.pp else ()
         yield Problem("layout.vpp", layout.vpp, "schedule interleaved needs several chunks a rank", fits)
+
+
+def _recompute_problems(run: "PlannedRun") -> Iterator[Problem]:
+    """Parts that a model doesn't have, or that hold each other."""
+    recompute, shape = run.training.recompute, run.shape
+    kinds = {shape.kind(layer) for layer in range(shape.num_layers)}
+    if "layer" in recompute and len(recompute) > 1:
+        yield Problem("training.recompute", recompute, "'layer' holds all other parts", (("layer",),))
+        return
+    lacking = {"mla_up_projection": shape.mla is None, "dense_mlp": "dense" not in kinds, "experts": "moe" not in kinds}
+    kept = tuple(dict.fromkeys(part for part in recompute if not lacking.get(part, False)))
+    if len(kept) < len(recompute):
+        yield Problem("training.recompute", recompute, f"names a part twice, or one that {shape.name} doesn't have", (kept,))
+    if "every_second_product" in recompute and (shape.moe is not None or shape.mla is not None):
+        reason = f"every_second_product counts the products of a dense Llama layer; {shape.name} has other ones"
+        yield Problem("training.recompute", recompute, reason, (("norms", "activation"),))
+
+
+def _device_problems(run: "PlannedRun") -> Iterator[Problem]:
+    """FP8 products on a device that has none. An unknown device is `devices.device_named`'s to refuse."""
+    if run.device not in DEVICES or DEVICES[run.device].fp8_flops_per_second:
+        return
+    if run.training.precision.startswith("fp8"):
+        yield Problem("training.precision", run.training.precision, f"{run.device} has no FP8 products", ("bf16",))
+    if run.rollout is not None and run.rollout.weights_dtype_bytes < 2:
+        value = run.rollout.weights_dtype_bytes
+        yield Problem("rollout.weights_dtype_bytes", value, f"{run.device} has no FP8 products", (2,))
 
 
 def _placement_problems(run: "PlannedRun") -> Iterator[Problem]:
@@ -146,10 +199,13 @@ def _placement_problems(run: "PlannedRun") -> Iterator[Problem]:
     if plan.mean_response_tokens > plan.max_response_tokens:
         reason = f"responses are cut at {plan.max_response_tokens} tokens, so their mean is no longer"
         yield Problem("rollout.mean_response_tokens", plan.mean_response_tokens, reason, (plan.max_response_tokens,))
-    if plan.max_response_tokens > run.training.sequence_length_tokens:
-        reason = f"a response of up to {plan.max_response_tokens} tokens must fit into a sequence"
-        value, fits = run.training.sequence_length_tokens, (plan.max_response_tokens,)
+    if plan.longest_sample_tokens > run.training.sequence_length_tokens:
+        reason = f"a prompt of {plan.prompt_tokens:g} tokens and a response of up to {plan.max_response_tokens} must fit"
+        value, fits = run.training.sequence_length_tokens, (plan.longest_sample_tokens,)
         yield Problem("training.sequence_length_tokens", value, reason, fits)
+    if plan.speculative_tokens > plan.max_response_tokens:
+        reason = f"a step accepts no more than a response of {plan.max_response_tokens} tokens"
+        yield Problem("rollout.speculative_tokens", plan.speculative_tokens, reason, (plan.max_response_tokens,))
     samples = plan.prompts_per_step * plan.group_size
     if plan.optimizer_steps >= 1 and samples % plan.optimizer_steps:
         reason = f"{samples} samples don't divide into as many mini-batches"

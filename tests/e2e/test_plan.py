@@ -75,7 +75,6 @@ def test_search(launcher) -> None:
         (("qwen3-8b", "--best", 0), "--best 0"),
         (("qwen3-8b", "--best", 3, "--space.tp", 2), "--space.* and --memory-budget-gib have no effect without --search"),
         (("qwen3-8b", "--grpo", "--training.global-batch-sequences", 12), "no effect with --grpo"),
-        (("qwen3-8b", "--grpo", "--rollout.prompt-tokens", 300), "don't fit into sequence_length_tokens 4096"),
     ],
 )
 def test_usage_errors(launcher, arguments, says) -> None:

@@ -31,6 +31,7 @@ from strop.engine.plan.schedules import rank_orders
 from strop.engine.plan.shape import ModelShape
 from strop.engine.plan.states import layer_rank_parameters, rank_parameters, rank_state_bytes, state_bytes_per_parameter
 from strop.engine.plan.timeline import Slot
+from strop.engine.plan.validation import problems
 
 DEEPSEEK, QWEN_30B, LLAMA_8B = SHAPES["deepseek-v3"], SHAPES["qwen3-30b-a3b"], SHAPES["llama3-8b"]
 BF16_STATES = {"gradient_dtype_bytes": 2, "moment_dtype_bytes": 2}
@@ -82,8 +83,8 @@ def test_published_peaks_together():
         (39.1, planned(DEEPSEEK, 256, pp=16, ep=16, **BF16_STATES)),
         (26.6, planned(DEEPSEEK, 256, pp=16, ep=16, offload_optimizer=True)),
         (35.0, planned(DEEPSEEK, 512, pp=16, ep=32)),
-        (34.2, planned(DEEPSEEK, 128, tp=8, pp=4, ep=32, offload_optimizer=True)),
-        (21.5, planned(DEEPSEEK, 1024, tp=2, pp=8, ep=64, moment_dtype_bytes=2)),
+        (34.2, planned(DEEPSEEK, 128, tp=8, sp=True, pp=4, ep=32, offload_optimizer=True)),
+        (21.5, planned(DEEPSEEK, 1024, tp=2, sp=True, pp=8, ep=64, moment_dtype_bytes=2)),
         (17.8, planned(DEEPSEEK, 2048, pp=16, ep=64, moment_dtype_bytes=2)),
         (76.8, planned(QWEN_30B, 8, ep=8)),
         (51.2, planned(QWEN_30B, 8, ep=8, **BF16_STATES)),
@@ -278,7 +279,7 @@ def test_fp8_copies_and_saved_inputs():
 
 def test_what_tensor_parallelism_leaves_on_every_rank():
     hidden, mla = DEEPSEEK.hidden_size, DEEPSEEK.mla
-    layers = [layer_rank_parameters(planned(DEEPSEEK, 64, tp=tp, ep=8), 0) for tp in (1, 2)]
+    layers = [layer_rank_parameters(planned(DEEPSEEK, 64, tp=tp, sp=tp > 1, ep=8), 0) for tp in (1, 2)]
     down = hidden * (mla.q_rank + mla.kv_rank + mla.rope_dim)
     assert layers[1].matrices == (layers[0].matrices - down) / 2 + down
     assert layers[0].rest == layers[1].rest  # norms
@@ -304,7 +305,9 @@ def test_phases_of_a_colocated_run():
     assert training_memory(kept)[0].parts_bytes["reference_weights"] == reference
     no_reference = training_memory(replace(run, rollout=replace(rollout, reference=False)))[0]
     assert no_reference.parts_bytes["reference_weights"] == no_reference.host_bytes == 0
-    alias = replace(run, rollout=replace(rollout, weight_sync="alias", offload_training=False, memory_fraction=0.5))
+    same = {"tp": 1, "ep": 8, "weight_sync": "alias"}
+    alias = replace(run, rollout=replace(rollout, offload_training=False, memory_fraction=0.5, **same))
+    assert problems(alias) == []
     shared = colocated_rollout_memory(alias)[0]
     assert shared.parts_bytes["rollout_weights"] == 0 and shared.parts_bytes["weights"] == trained.parts_bytes["weights"]
     assert shared.parts_bytes["kv_cache"] == pytest.approx(0.5 * capacity - trained.parts_bytes["weights"])
@@ -360,7 +363,7 @@ def test_more_tensor_parallelism_never_raises_weights(shape, tp, pp, fsdp):
     """FSDP at the same dp: of the same GPUs, fewer replicas would share what tensor parallelism doesn't split."""
     gpus = (32 * pp * tp, 64 * pp * tp) if fsdp else (256, 256)
     few, many = (
-        planned(shape, count, tp=degree, pp=pp, ep=on_8(shape), fsdp=fsdp)
+        planned(shape, count, tp=degree, sp=degree > 1, pp=pp, ep=on_8(shape), fsdp=fsdp)
         for count, degree in zip(gpus, (tp, 2 * tp), strict=True)
     )
     assert worst_part(many, "weights") <= worst_part(few, "weights") * (1 + 1e-12)
@@ -369,7 +372,7 @@ def test_more_tensor_parallelism_never_raises_weights(shape, tp, pp, fsdp):
 @settings(max_examples=40, deadline=None)
 @given(shape=shapes, dp=powers, tp=st.sampled_from([1, 2, 4]), cp=st.sampled_from([1, 2]))
 def test_more_data_parallelism_never_raises_optimizer(shape, dp, tp, cp):
-    few, many = (planned(shape, 8 * tp * cp * degree, tp=tp, cp=cp, ep=on_8(shape)) for degree in (dp, 2 * dp))
+    few, many = (planned(shape, 8 * tp * cp * degree, tp=tp, sp=tp > 1, cp=cp, ep=on_8(shape)) for degree in (dp, 2 * dp))
     assert worst_part(many, "optimizer") <= worst_part(few, "optimizer") * (1 + 1e-12)
 
 
@@ -385,10 +388,11 @@ def test_recomputing_more_never_keeps_more(shape, pp, precision, tokens):
         run = planned(shape, 64, pp=pp, ep=on_8(shape), precision=precision, sequence_length_tokens=tokens, recompute=recompute)
         return [stage_kept_bytes(run, stage) for stage in run.stages()]
 
-    none, selective, full = kept(), kept(*SELECTIVE), kept("layer")
+    selected = SELECTIVE if shape.mla is not None else SELECTIVE[:2]
+    none, selective, full = kept(), kept(*selected), kept("layer")
     assert all(a >= b >= c for a, b, c in zip(none, selective, full, strict=True))
     same = {"pp": pp, "ep": on_8(shape), "precision": precision, "logits": "in-place"}
-    peaks = [worst_part(planned(shape, 64, recompute=parts, **same), "activations") for parts in ((), SELECTIVE, ("layer",))]
+    peaks = [worst_part(planned(shape, 64, recompute=parts, **same), "activations") for parts in ((), selected, ("layer",))]
     assert peaks == sorted(peaks, reverse=True)
 
 

@@ -154,7 +154,7 @@ def test_data_parallel_attention_and_drafting():
     "model, gpus, plan, message",
     [
         ("deepseek-v3", 8, {"tp": 8}, "more rollout tp, pp or ep"),
-        ("qwen3-8b", 8, {"mean_response_tokens": 5000}, "at most 4096"),
+        ("qwen3-8b", 8, {"mean_response_tokens": 5000}, "at most 3840"),
     ],
 )
 def test_what_only_a_prediction_finds_is_refused(model, gpus, plan, message):

@@ -140,6 +140,8 @@ def test_of_names_every_mistake() -> None:
         "--layout.tp 3: doesn't divide 32 heads; nearest that fits: 2 or 4",
         "--layout.tp 3: doesn't divide 151936 tokens of the vocabulary; nearest that fits: 2 or 4",
         "--layout.tp 3: 4 key/value heads neither divide by it nor can all be copied equally often; nearest that fits: 2 or 4",
+        "--layout.no-sp: with experts, tensor-parallel ranks divide the tokens between them (as Megatron-LM requires); "
+        "nearest that fits: --layout.sp",
         "--layout.ep 6: doesn't divide 128 experts; nearest that fits: 4 or 8",
         "--training.global-batch-sequences 100: doesn't divide into micro-batches of 1 on 8 replicas; "
         "nearest that fits: 96 or 104",

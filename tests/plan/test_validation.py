@@ -14,6 +14,7 @@ from strop.engine.plan.run import PlannedRun, RolloutPlan, TrainingPlan
 from strop.engine.plan.validation import problems
 
 GRPO = {"rollout": RolloutPlan()}
+ALIAS = {"rollout.weight_sync": "alias"}
 SPLIT = {"placement": "split", "rollout": RolloutPlan(gpus=16), "training.global_batch_sequences": 240}
 
 
@@ -44,7 +45,13 @@ def found(model: str, gpus: int, settings_: dict[str, Any]) -> list[str]:
         ("deepseek-v3", 512, {"layout": Layout(pp=16, ep=16), "placement": "split",
                               "rollout": RolloutPlan(gpus=256, tp=32, steps_ahead=1, weight_sync="reshard")}),
         ("qwen3-30b-a3b", 8, {"layout": Layout(tp=4, sp=True, ep=8), **GRPO, "rollout.ep": 8, "rollout.tp": 4}),
-        ("qwen3-30b-a3b", 8, {"layout": Layout(tp=4, ep=1, etp=4)}),
+        ("qwen3-30b-a3b", 8, {"layout": Layout(tp=4, sp=True, ep=1, etp=4)}),
+        # Engines generate with the trainer's own weights.
+        ("qwen3-8b", 16, {"layout": Layout(tp=2, sp=True, cp=2, pp=2), **GRPO, **ALIAS, "rollout.tp": 2, "rollout.pp": 2}),
+        ("qwen3-30b-a3b", 16, {"layout": Layout(ep=8), **GRPO, **ALIAS, "rollout.ep": 8}),
+        ("qwen3-8b", 1, {**GRPO, **ALIAS, "training.fsdp": True}),
+        # Samples follow the schedule, whatever batch is named.
+        ("llama3-8b", 64, {"layout": Layout(pp=8, schedule="dualpipe"), **GRPO, "training.global_batch_sequences": 7}),
     ],
 )  # fmt: skip
 def test_runs_that_work(model: str, gpus: int, settings_: dict[str, Any]) -> None:
@@ -55,7 +62,7 @@ VALUES = [
     ("gpus", 0, 1), ("steps", 0, 1), ("layout.tp", 0, 1), ("layout.etp", -1, 1), ("layout.vpp", 0, 1),
     ("training.sequence_length_tokens", 0, 1), ("training.global_batch_sequences", 0, 1),
     ("training.micro_batch_sequences", 0, 1), ("training.expert_imbalance", 0.9, 1),
-    ("training.expert_imbalance", float("nan"), 1), ("training.recompute_layers", -1, 0),
+    ("training.recompute_layers", -1, 0),
     ("training.packed_length_tokens", -1, 0), ("rollout.prompts_per_step", 0, 1), ("rollout.group_size", 0, 1),
     ("rollout.prompt_tokens", 0.0, 1), ("rollout.mean_response_tokens", 0.5, 1), ("rollout.tp", 0, 1), ("rollout.ep", 0, 1),
     ("rollout.max_sequences", 0, 1), ("rollout.speculative_tokens", 0.0, 1), ("rollout.optimizer_steps", 0, 1),
@@ -111,10 +118,36 @@ def test_values_below_what_is_possible(setting: str, value: float, least: int) -
         ({**SPLIT, "rollout.gpus": 64}, "--rollout.gpus 64: with split placement some of the 64"),
         ({**SPLIT, "rollout.weight_sync": "alias"}, "--rollout.weight-sync alias: with split placement weights come from"),
         ({**SPLIT, "rollout.offload_training": True}, "--rollout.offload-training True: with split placement nobody waits"),
-        ({**GRPO, "rollout.mean_response_tokens": 5000.0}, "--rollout.mean-response-tokens 5000.0: responses are cut at 4096"),
-        ({**GRPO, "rollout.max_response_tokens": 8192},
-         "--training.sequence-length-tokens 4096: a response of up to 8192 tokens must fit into a sequence; "
-         "nearest that fits: 8192"),
+        ({**GRPO, "rollout.mean_response_tokens": 5000.0}, "--rollout.mean-response-tokens 5000.0: responses are cut at 3840"),
+        ({**GRPO, "rollout.max_response_tokens": 4096},
+         "--training.sequence-length-tokens 4096: a prompt of 256 tokens and a response of up to 4096 must fit; "
+         "nearest that fits: 4352"),
+        ({**GRPO, "rollout.speculative_tokens": 1e6}, "--rollout.speculative-tokens 1000000.0: a step accepts no more than"),
+        ({**GRPO, "rollout.ep": 2, "rollout.max_sequences": 0}, "--rollout.max-sequences 0: must be at least 1"),
+        # Numbers that are none.
+        ({"training.expert_imbalance": float("nan")}, "--training.expert-imbalance nan: must be a finite number; nearest that"),
+        ({**GRPO, "rollout.reward_seconds": float("inf")}, "--rollout.reward-seconds inf: must be a finite number"),
+        ({**GRPO, "rollout.response_spread": 50.0}, "--rollout.response-spread 50.0: is the standard deviation of a logarithm"),
+        ({"gpus": 8.5}, "--gpus 8.5: must be a whole number; nearest that fits: 8"),
+        ({"layout.tp": 0.2}, "--layout.tp 0.2: must be a whole number; nearest that fits: 1"),
+        # What the model or the device doesn't have.
+        ({"training.recompute": ("norms", "mla_up_projection")},
+         "names a part twice, or one that llama3-8b doesn't have; nearest that fits: --training.recompute norms"),
+        ({"training.recompute": ("norms", "norms")}, "names a part twice"),
+        ({"training.resident_gradients": True}, "resident-gradients: has no effect without a rollout"),
+        ({"training.weights_dtype_bytes": 1}, "--training.weights-dtype-bytes 1: precision bf16 has weights of 2 or 4 bytes"),
+        ({"training.precision": "fp8-tensorwise", "device": "a100"}, "--training.precision fp8-tensorwise: a100 has no FP8"),
+        ({**GRPO, "device": "a100", "rollout.weights_dtype_bytes": 1}, "--rollout.weights-dtype-bytes 1: a100 has no FP8"),
+        # weight_sync alias and local_copy: the engines' layout is the trainer's.
+        ({**GRPO, **ALIAS, "layout.tp": 8}, "--rollout.tp 1: weight_sync alias generates with the weights that a GPU trains, "
+         "and layout.tp is 8; nearest that fits: 8"),
+        ({**GRPO, **ALIAS, "layout.pp": 4}, "--rollout.pp 1: weight_sync alias"),
+        ({**GRPO, **ALIAS, "training.fsdp": True}, "--rollout.weight-sync alias: weight_sync alias generates with the weights "
+         "that a GPU trains, and training.fsdp leaves it a shard; nearest that fits: reshard"),
+        ({**GRPO, **ALIAS, "rollout.weights_dtype_bytes": 1}, "--rollout.weights-dtype-bytes 1: weight_sync alias"),
+        ({**GRPO, **ALIAS, "layout": Layout(pp=4, vpp=2, schedule="interleaved"), "rollout.pp": 4},
+         "schedule interleaved leaves it no consecutive layers; nearest that fits: reshard"),
+        ({**GRPO, "rollout.weight_sync": "local_copy", "rollout.tp": 2}, "--rollout.tp 2: weight_sync local_copy generates"),
         ({**GRPO, "rollout.optimizer_steps": 3},
          "--rollout.optimizer-steps 3: 1024 samples don't divide into as many mini-batches; "
          "nearest that fits: 2 or 4"),
@@ -137,7 +170,8 @@ INTERLEAVED = Layout(pp=8, vpp=4, schedule="interleaved")
         ("qwen3-30b-a3b", 16, {"layout": Layout(tp=3, ep=6)},
          ["--gpus 16: 16 training GPUs can't hold tp 3 x cp 1 x pp 1 = 3; nearest that fits: 15 or 18",
           "--layout.tp 3: doesn't divide 32 heads; nearest that fits:", "--layout.tp 3: doesn't divide 151936 tokens",
-          "--layout.tp 3: 4 key/value heads", "--layout.ep 6: doesn't divide 128 experts; nearest that fits: 4 or 8"]),
+          "--layout.tp 3: 4 key/value heads", "with experts, tensor-parallel ranks divide",
+          "--layout.ep 6: doesn't divide 128 experts; nearest that fits: 4 or 8"]),
         ("llama3-8b", 60, {**SPLIT, "layout.tp": 8},
          ["--gpus 60: 44 training GPUs can't hold tp 8 x cp 1 x pp 1 = 8; nearest that fits: 56 or 64"]),
         ("llama3-8b", 64, {"layout": Layout(tp=8, dp=4)},
@@ -148,12 +182,28 @@ INTERLEAVED = Layout(pp=8, vpp=4, schedule="interleaved")
          ["--layout.ep 3: doesn't divide 128 experts; nearest that fits: 2 or 4"]),
         ("gpt-oss-20b", 49, {"layout.tp": 7, "layout.etp": 7},
          ["--layout.tp 7: doesn't divide 64 heads; nearest that fits: 1", "--layout.tp 7: doesn't divide 201088 tokens",
-          "--layout.tp 7: 8 key/value heads", "--layout.etp 7: doesn't divide 2880 columns of an expert; nearest that fits: 1",
+          "--layout.tp 7: 8 key/value heads", "with experts, tensor-parallel ranks divide",
+          "--layout.etp 7: doesn't divide 2880 columns of an expert; nearest that fits: 1",
           "--training.global-batch-sequences 256"]),
         ("qwen2.5-7b", 48, {"layout.tp": 16},
          ["--layout.tp 16: doesn't divide 28 heads; nearest that fits: 4", "--training.global-batch"]),
         ("qwen2-57b-a14b", 8, {"layout.tp": 8},
-         ["--layout.tp 8: doesn't divide 28 heads; nearest that fits: 4"]),
+         ["--layout.tp 8: doesn't divide 28 heads; nearest that fits: 4", "with experts, tensor-parallel ranks divide"]),
+        ("qwen3-30b-a3b", 16, {"training.overlap_expert": True, "training.dispatch_dtype_bytes": 1,
+                               "training.expert_imbalance": 1.5, "training.recompute": ("dense_mlp",)},
+         ["names a part twice, or one that qwen3-30b-a3b doesn't have"]),
+        ("qwen3-30b-a3b", 16, {"training.overlap_expert": True, "training.dispatch_dtype_bytes": 1,
+                               "training.expert_imbalance": 1.5},
+         ["--training.expert-imbalance 1.5: the busiest of ep 1 ranks gets 1 times the mean at most; nearest that fits: 1",
+          "overlap-expert: has no effect while layout.ep is 1", "--training.dispatch-dtype-bytes 1: has no"]),
+        ("qwen3-30b-a3b", 16, {"training.recompute": ("every_second_product",)},
+         ["every_second_product counts the products of a dense Llama layer; qwen3-30b-a3b has other ones"]),
+        ("qwen3-30b-a3b", 16, {"layout.ep": 4, **GRPO, **ALIAS},
+         ["--rollout.ep 1: weight_sync alias generates with the weights that a GPU trains, and layout.ep is 4"]),
+        ("qwen3-30b-a3b", 16, {"layout": Layout(tp=2, sp=True), **GRPO, **ALIAS, "rollout.tp": 2},
+         ["--layout.etp 1: weight_sync alias generates with the weights that a GPU trains; engines of tp 2 and ep 1 split"]),
+        ("qwen3-30b-a3b", 64, {**GRPO, "rollout.ep": 8, "rollout.max_sequences": 4},
+         ["--rollout.max-sequences 4: an engine of ep 8 and tp 1 has 8 replicas"]),
         ("llama3-8b", 64, {"layout": Layout(tp=8, sp=True), "training.sequence_length_tokens": 4100},
          ["--layout.tp 8: doesn't divide 4100 tokens of a micro-batch; nearest that fits: 4"]),
         ("llama3-8b", 64, {"layout.cp": 4, "training.sequence_length_tokens": 4100},
