@@ -17,7 +17,7 @@ from .devices import Architecture, DeviceFacts
 from .run import Dispatcher
 from .shape import MoeShape
 
-CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv", "broadcast"]
+CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv"]
 Axis = Literal["tp", "cp", "dp", "pp", "ep", "etp", "edp", "zero"]
 
 START_SECONDS: dict[Architecture, float] = {"ampere": 9e-6, "hopper": 5e-6, "h20": 5e-6, "blackwell": 9e-6}
@@ -80,7 +80,7 @@ class Transfer:
 def wire_bytes(kind: CollectiveKind, payload_bytes: float, group_size: int) -> float:
     """Bytes that each rank sends (the mean over ranks) in a bandwidth-optimal algorithm.
 
-    `payload_bytes`: all_reduce, broadcast: the tensor; all_gather: the gathered result; reduce_scatter: the whole input;
+    `payload_bytes`: all_reduce: the tensor; all_gather: the gathered result; reduce_scatter: the whole input;
     all_to_all: what one rank holds before (its own share stays); send_recv: the message.
     """
     share = (group_size - 1) / group_size
@@ -186,7 +186,7 @@ def expected_places(moe: MoeShape, places: int) -> float:
     return places * (1 - missed)
 
 
-def dispatch_seconds(
+def expert_exchange_seconds(
     device: DeviceFacts,
     tokens: float,
     hidden: int,
@@ -195,44 +195,27 @@ def dispatch_seconds(
     ranks_per_node_in_group: int,
     dtype_bytes: float,
     dispatcher: Dispatcher,
-    beside_compute: bool = False,
 ) -> float:
-    """Seconds in which each of `ep` ranks sends its own `tokens` to their experts; 0 where ep is 1.
+    """Seconds in which each of `ep` ranks sends its own `tokens` to their experts, or gets them back; 0 where ep is 1.
 
     alltoall: NCCL moves every one of the top_k copies. deepep, hybridep: a token goes to each distinct node once, by network,
     and there to each distinct GPU by NVLink (DeepSeek-V3, arXiv 2412.19437, section 3.2.2). Neither contains the sorting of
     tokens by expert, nor the host's wait for their counts. `dtype_bytes` of FP8 is 1.03 with a scale every 128 elements.
-    `beside_compute`: while the same GPUs compute another micro-batch.
+    On the way back copies are summed where the dispatch multiplied them, so it takes as long as one of the same bytes (2 an
+    element or more: the sums need it).
     """
     if ep == 1:
         return 0.0
     near = min(ranks_per_node_in_group, ep)
     token_bytes = tokens * hidden * dtype_bytes
-    slower = BESIDE_COMPUTE_FRACTION if beside_compute else 1.0
     if dispatcher == "alltoall":
-        return collective_seconds(device, "all_to_all", moe.top_k * token_bytes, ep, near) / slower
+        return collective_seconds(device, "all_to_all", moe.top_k * token_bytes, ep, near)
     nodes = math.ceil(ep / near)
     remote_bytes = token_bytes * expected_places(moe, nodes) * (nodes - 1) / nodes
     nvlink_bytes = token_bytes * expected_places(moe, ep) * (near - 1) / near
-    network_seconds = remote_bytes / (device.nic_bytes_per_second * DEEPEP_NETWORK_FRACTION * slower)
-    nvlink_seconds = nvlink_bytes / (device.nvlink_bytes_per_second * DEEPEP_NVLINK_FRACTION * slower)
+    network_seconds = remote_bytes / (device.nic_bytes_per_second * DEEPEP_NETWORK_FRACTION)
+    nvlink_seconds = nvlink_bytes / (device.nvlink_bytes_per_second * DEEPEP_NVLINK_FRACTION)
     return DEEPEP_START_SECONDS + max(network_seconds, nvlink_seconds)
-
-
-def combine_seconds(
-    device: DeviceFacts,
-    tokens: float,
-    hidden: int,
-    moe: MoeShape,
-    ep: int,
-    ranks_per_node_in_group: int,
-    dtype_bytes: float,
-    dispatcher: Dispatcher,
-    beside_compute: bool = False,
-) -> float:
-    """Seconds of the way back: the copies of a token are summed where its dispatch multiplied them, so it is as long as a
-    dispatch of the same bytes (2 an element: the sums need bf16)."""
-    return dispatch_seconds(device, tokens, hidden, moe, ep, ranks_per_node_in_group, dtype_bytes, dispatcher, beside_compute)
 
 
 def low_latency_seconds(

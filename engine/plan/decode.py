@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import InputError
-from .collectives import collective_seconds, combine_seconds, dispatch_seconds, low_latency_seconds
+from .collectives import collective_seconds, expert_exchange_seconds, low_latency_seconds
 from .devices import DeviceFacts, device_named
 from .efficiency import Precision, gemm_seconds, grouped_gemm_seconds, memory_bound_seconds
 from .rollout_memory import cache_bytes_per_token, cache_shortage, holds_a_sequence
@@ -186,8 +186,8 @@ class GenerationEngine:
             if plan.ep > tp:  # a rank of a replica sends the replica's tokens that are its own
                 arguments = (hidden, moe, plan.ep, min(plan.ep, device.gpus_per_node))
                 wire = 2 if precision == "bf16" else 1
-                for exchange, dtype_bytes in ((dispatch_seconds, wire), (combine_seconds, 2)):
-                    many = exchange(device, rows / tp, *arguments, dtype_bytes, "deepep")
+                for dtype_bytes in (wire, 2):  # there and back
+                    many = expert_exchange_seconds(device, rows / tp, *arguments, dtype_bytes, "deepep")
                     few = low_latency_seconds(device, rows / tp, *arguments, dtype_bytes)
                     seconds += min(many, few)  # DeepEP has kernels for each
             else:

@@ -124,7 +124,8 @@ DEVICES: dict[str, DeviceFacts] = {
             power_watts=1000,
             in_network_reduction=True,
             architecture="blackwell",
-            source="B200 SXM 180 GB: NVIDIA DGX B200 datasheet; one ConnectX-7 400 Gb/s a GPU",
+            source="B200 SXM 180 GB: NVIDIA Blackwell datasheet, HGX B200 (62 TB/s of memory for eight; the DGX's has 64); "
+            "one ConnectX-7 400 Gb/s a GPU",
         ),
     )
 }

@@ -7,9 +7,8 @@ from .collectives import (
     Axis,
     CollectiveKind,
     collective_seconds,
-    combine_seconds,
-    dispatch_seconds,
     expected_places,
+    expert_exchange_seconds,
     members_per_node,
     wire_bytes,
 )
@@ -185,11 +184,11 @@ def _expert_parallel(work: Work, moe: MoeShape, operations: dict[str, Operation]
         near = members_per_node(layout, "ep", device.gpus_per_node)
         tokens = work.tokens / layout.tp
         for direction in ("forward", "backward"):
-            for kind, of, dtype_bytes in (
-                ("dispatch", dispatch_seconds, 1 if training.dispatch_dtype_bytes == 1 else work.element_bytes),
-                ("combine", combine_seconds, work.element_bytes),
+            for kind, dtype_bytes in (
+                ("dispatch", 1 if training.dispatch_dtype_bytes == 1 else work.element_bytes),
+                ("combine", work.element_bytes),
             ):
-                seconds = training.expert_imbalance * of(
+                seconds = training.expert_imbalance * expert_exchange_seconds(
                     device, tokens, shape.hidden_size, moe, layout.ep, near, dtype_bytes, training.dispatcher
                 )
                 copies = moe.top_k if training.dispatcher == "alltoall" else expected_places(moe, layout.ep)

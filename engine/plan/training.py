@@ -60,7 +60,7 @@ class StepTime:
     model_flops_per_gpu_per_second: float
     """Causal attention, nothing counted twice."""
     model_flops_utilization: float
-    """Of the device's dense bf16 peak, whatever the precision."""
+    """Of the device's dense bf16 peak, whatever the precision: FP8 products may take it beyond 1."""
     transfers: tuple[Transfer, ...]
     """Of the busiest rank; those of gradients and weights of the rank that takes longest for them."""
     stage_seconds: tuple[float, ...]

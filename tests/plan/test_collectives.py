@@ -8,10 +8,10 @@ import pytest
 
 from strop.engine.config import Layout
 from strop.engine.plan.collectives import (
+    BESIDE_COMPUTE_FRACTION,
     collective_seconds,
-    combine_seconds,
-    dispatch_seconds,
     expected_places,
+    expert_exchange_seconds,
     low_latency_seconds,
     members_per_node,
     wire_bytes,
@@ -19,7 +19,7 @@ from strop.engine.plan.collectives import (
 from strop.engine.plan.devices import DEVICES
 from strop.engine.plan.shape import MoeShape
 
-KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv", "broadcast")
+KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv")
 FP8 = 1 + 4 / 128  # an element and its share of a scale
 FREE = MoeShape(256, 8, 2048)
 GROUPED = MoeShape(256, 8, 2048, num_groups=8, top_groups=4)  # DeepSeek-V3: one group a node of EP64
@@ -83,10 +83,8 @@ def test_members_of_a_node_share_its_traffic():
 def test_deepep_on_h800(ep, moe, dispatch_gigabytes_per_second, combine_gigabytes_per_second, places):
     """DeepEP docs/legacy.md, normal kernels: 4096 tokens of 7168, top 8, at most 4 nodes. It counts one copy a distinct place
     (GPUs at EP8, else nodes) with those that stay. 8%: NVLink's fraction is one for H800 and H100, and NVLink bounds EP16."""
-    published = {dispatch_seconds: dispatch_gigabytes_per_second, combine_seconds: combine_gigabytes_per_second}
-    for exchange, gigabytes_per_second in published.items():
-        dtype_bytes = FP8 if exchange is dispatch_seconds else 2
-        seconds = exchange(DEVICES["h800"], 4096, 7168, moe, ep, 8, dtype_bytes, "deepep")
+    for dtype_bytes, gigabytes_per_second in ((FP8, dispatch_gigabytes_per_second), (2, combine_gigabytes_per_second)):
+        seconds = expert_exchange_seconds(DEVICES["h800"], 4096, 7168, moe, ep, 8, dtype_bytes, "deepep")
         counted = 4096 * 7168 * dtype_bytes * expected_places(moe, places)
         assert counted / seconds / 1e9 == pytest.approx(gigabytes_per_second, rel=0.08)
 
@@ -94,7 +92,7 @@ def test_deepep_on_h800(ep, moe, dispatch_gigabytes_per_second, combine_gigabyte
 @pytest.mark.parametrize("ep, gigabytes_per_second", [(16, 90), (32, 61)])
 def test_deepep_v2_on_h100(ep, gigabytes_per_second):
     """DeepEP README, 8 x 2 and 8 x 4 GPUs, 8192 tokens; not used for the constants."""
-    seconds = dispatch_seconds(DEVICES["h100"], 8192, 7168, FREE, ep, 8, FP8, "deepep")
+    seconds = expert_exchange_seconds(DEVICES["h100"], 8192, 7168, FREE, ep, 8, FP8, "deepep")
     assert 8192 * 7168 * FP8 * expected_places(FREE, ep // 8) / seconds / 1e9 == pytest.approx(gigabytes_per_second, rel=0.08)
 
 
@@ -104,7 +102,7 @@ def test_deepep_v2_on_h100(ep, gigabytes_per_second):
 def test_deepep_on_h100(tokens, dispatch_microseconds, combine_microseconds):
     """aiconfigurator-core 0.12.0, h100_sxm wideep_deepep_normal, 20 multiprocessors."""
     for microseconds, dtype_bytes in ((dispatch_microseconds, FP8), (combine_microseconds, 2)):
-        seconds = dispatch_seconds(DEVICES["h100"], tokens, 7168, FREE, 8, 8, dtype_bytes, "deepep")
+        seconds = expert_exchange_seconds(DEVICES["h100"], tokens, 7168, FREE, 8, 8, dtype_bytes, "deepep")
         assert seconds * 1e6 == pytest.approx(microseconds, rel=0.12)
 
 
@@ -122,8 +120,9 @@ def test_low_latency_kernels_on_h800(ep, dispatch_microseconds, combine_microsec
 def test_exchange_of_the_dualpipe_trace():
     """deepseek-ai/profile-data, H800, EP64, beside computation: a cached dispatch 3.4 ms, a combine 6.18 ms."""
     arguments = (DEVICES["h800"], 4096, 7168, GROUPED, 64, 8)
-    assert dispatch_seconds(*arguments, FP8, "deepep", beside_compute=True) == pytest.approx(3.4e-3, rel=0.1)
-    assert combine_seconds(*arguments, 2, "deepep", beside_compute=True) == pytest.approx(6.18e-3, rel=0.1)
+    for dtype_bytes, seconds in ((FP8, 3.4e-3), (2, 6.18e-3)):
+        alone_seconds = expert_exchange_seconds(*arguments, dtype_bytes, "deepep")
+        assert alone_seconds / BESIDE_COMPUTE_FRACTION == pytest.approx(seconds, rel=0.1)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
@@ -135,7 +134,6 @@ def test_wire_bytes_are_what_a_ring_sends(size):
     assert wire_bytes("reduce_scatter", size, size) == pytest.approx(passing)
     assert wire_bytes("all_reduce", size, size) == pytest.approx(2 * passing)
     assert wire_bytes("all_to_all", size, size) == pytest.approx(passing)
-    assert wire_bytes("broadcast", size, size) * size == pytest.approx(size * passing)  # all but the last pass all of it on
     assert wire_bytes("send_recv", size, size) == (size if size > 1 else 0)
 
 
@@ -194,7 +192,7 @@ def test_more_bytes_are_never_faster(device):
     for ep in (2, 8, 16, 64, 256):
         for dispatcher in ("alltoall", "deepep", "hybridep"):
             seconds = [
-                dispatch_seconds(device, tokens, 7168, FREE, ep, 8, 2, dispatcher) for tokens in (0, 1, 100, 4096, 10**6)
+                expert_exchange_seconds(device, tokens, 7168, FREE, ep, 8, 2, dispatcher) for tokens in (0, 1, 100, 4096, 10**6)
             ]
             assert seconds == sorted(seconds) and seconds[0] > 0, (ep, dispatcher)
         seconds = [low_latency_seconds(device, tokens, 7168, FREE, ep, 8, 2) for tokens in (0, 1, 128, 1024)]
@@ -211,6 +209,8 @@ def test_deepep_sends_less_than_all_copies():
     """Eight copies of a token share nodes and GPUs; one copy has nothing to share."""
     arguments = (DEVICES["h100"], 4096, 7168)
     for ep in (16, 32, 64):
-        assert dispatch_seconds(*arguments, FREE, ep, 8, 2, "deepep") < dispatch_seconds(*arguments, FREE, ep, 8, 2, "alltoall")
-    assert dispatch_seconds(*arguments, FREE, 1, 1, 2, "deepep") == 0
+        assert expert_exchange_seconds(*arguments, FREE, ep, 8, 2, "deepep") < expert_exchange_seconds(
+            *arguments, FREE, ep, 8, 2, "alltoall"
+        )
+    assert expert_exchange_seconds(*arguments, FREE, 1, 1, 2, "deepep") == 0
     assert low_latency_seconds(*arguments, FREE, 1, 1, 2) == 0
