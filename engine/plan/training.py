@@ -297,6 +297,6 @@ def _layer_transfers(
     transfers = []
     for (axis, kind), (sent, count, seconds, exposed) in found.items():
         if axis in ("ep", "etp"):
-            exposed *= exposed_expert_seconds / expert_seconds
+            exposed = min(seconds, exposed * exposed_expert_seconds / expert_seconds)
         transfers.append(Transfer(axis, kind, sent, round(count), seconds, exposed))
     return transfers
