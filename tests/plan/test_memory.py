@@ -10,10 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strop.engine.config import InputError, Layout
-from strop.engine.plan.activations import in_flight, kept_bytes, saved_tensors, stage_kept_bytes
-from strop.engine.plan.devices import device_named
+from strop.engine.plan.activations import kept_bytes
 from strop.engine.plan.facts import parameters, total_parameters
-from strop.engine.plan.layer_time import Work
 from strop.engine.plan.memory import (
     PARTS,
     StageMemory,
@@ -26,11 +24,9 @@ from strop.engine.plan.memory import (
 )
 from strop.engine.plan.models import SHAPES
 from strop.engine.plan.rollout_memory import rollout_kv_cache_bytes, rollout_weight_bytes, sequence_cache_bytes
-from strop.engine.plan.run import SELECTIVE, PlannedRun, RolloutPlan, TrainingPlan
-from strop.engine.plan.schedules import rank_orders
+from strop.engine.plan.run import PlannedRun, RolloutPlan, TrainingPlan
 from strop.engine.plan.shape import ModelShape
 from strop.engine.plan.states import layer_rank_parameters, rank_parameters, rank_state_bytes, state_bytes_per_parameter
-from strop.engine.plan.timeline import Slot
 from strop.engine.plan.validation import problems
 
 DEEPSEEK, QWEN_30B, LLAMA_8B = SHAPES["deepseek-v3"], SHAPES["qwen3-30b-a3b"], SHAPES["llama3-8b"]
@@ -159,114 +155,6 @@ def test_layouts_that_ran_on_80_gb_fit(run):
     assert fits(run) and worst.total_bytes > 0.6 * device_capacity_bytes(run), worst.parts_bytes
 
 
-def test_korthikanti_bytes_per_token():
-    """arXiv 2205.05198: 34 s b h bytes a layer with flash attention, of which 2 are dropout masks. Ours: q and k once more,
-    rotated (+4); SwiGLU of width 8h/3 keeps 3 x 8/3 x 2 = 16 h, as GELU of width 4h does; and the log-sum-exp."""
-    hidden, heads = 3072, 24
-    gpt = ModelShape("gpt", 51200, hidden, 4, heads, heads, hidden // heads, 8 * hidden // 3)
-    whole = planned(gpt, 8, sequence_length_tokens=2048)
-    tokens = 2048
-    log_sum_exp = 4 * heads * tokens
-    assert kept_bytes(whole, 0) == (34 - 2 + 4) * tokens * hidden + log_sum_exp
-    # sequence parallelism divides all of it; tensor parallelism alone leaves 8 of it whole (the paper's 10, with masks)
-    split = planned(gpt, 8, tp=4, sp=True, sequence_length_tokens=2048)
-    assert kept_bytes(split, 0) == pytest.approx(kept_bytes(whole, 0) / 4)
-    tensor_only = planned(gpt, 8, tp=4, sequence_length_tokens=2048)
-    assert kept_bytes(tensor_only, 0) == pytest.approx((8 + 28 / 4) * tokens * hidden + log_sum_exp / 4)
-    full = planned(gpt, 8, recompute=("layer",), sequence_length_tokens=2048)
-    assert kept_bytes(full, 0) == 2 * tokens * hidden
-
-
-def test_in_flight_micro_batches():
-    def of(rank: int, **layout) -> float:
-        return in_flight(planned(LLAMA_8B, 32, global_batch_sequences=64 * 32, **layout), rank)
-
-    assert [of(rank, pp=4) for rank in range(4)] == [4, 3, 2, 1]
-    assert of(0, pp=4, vpp=2, schedule="interleaved") == pytest.approx(4 * (1 + 3 / (4 * 2)))
-    assert of(3, pp=4, vpp=2, schedule="interleaved") == pytest.approx((4 + 1) / 2)
-    assert [of(rank, pp=4, schedule="zero-bubble") for rank in range(4)] == [4] * 4
-    assert of(2, pp=4, schedule="dualpipe") == 5 / 2  # of two stages each
-    assert of(2, pp=4, schedule="dualpipev") == 9 / 2
-    few = planned(LLAMA_8B, 32, pp=4, global_batch_sequences=2 * 8)
-    assert in_flight(few, 0) == few.microbatches == 2
-
-
-def peak_in_flight(orders: list[list[Slot]], rank: int, stages: int) -> float:
-    """Counted from the order of work; a forward pass beside a backward pass takes layer by layer what that one frees."""
-    held = peak = 0
-    for slot in orders[rank]:
-        made = sum(one.work == "forward" for one in slot)
-        freed = sum(one.work in ("backward", "backward_weight") for one in slot)
-        peak = max(peak, held + made - min(made, freed))
-        held += made - freed
-    return peak / stages
-
-
-@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zero-bubble", "dualpipe", "dualpipev"])
-@pytest.mark.parametrize("paired", [False, True])
-def test_in_flight_is_the_peak_of_the_order_of_work(schedule, paired):
-    paired, vpp = paired and schedule != "zero-bubble", 3 if schedule == "interleaved" else 1
-    stages = {"interleaved": vpp, "dualpipe": 2, "dualpipev": 2}.get(schedule, 1)
-    virtual = {"interleaved": vpp, "dualpipev": 2}.get(schedule, 1)
-    run = planned(QWEN_30B, 64, pp=4, vpp=vpp, schedule=schedule, ep=8, overlap_expert=paired, global_batch_sequences=16 * 16)
-    orders = rank_orders(schedule, 4, virtual, run.microbatches, paired)
-    peaks = [peak_in_flight(orders, rank, stages) for rank in range(4)]
-    spare = 0.5 if schedule.startswith("dualpipe") else 0.0  # the papers' tables give every rank the fullest one's
-    for rank, peak in enumerate(peaks):
-        assert peak <= in_flight(run, rank) <= peak + spare, (rank, peaks)
-
-
-def test_a_rank_without_layers_holds_nothing():
-    run = planned(QWEN_30B, 64, pp=4, ep=16, stage_layers=(0, 24, 24, 0), overlap_expert=True)
-    first, second = training_memory(run)[:2]
-    assert first.parts_bytes["activations"] == 0 < second.parts_bytes["activations"]
-
-
-def test_copies_of_tokens_are_the_same_in_time_and_memory():
-    """Each token goes to top_k experts once, whatever divides the tokens; every etp rank of an expert gets it."""
-    for layout in ({"ep": 8}, {"tp": 4, "sp": True, "ep": 8}, {"tp": 4, "sp": True, "ep": 2, "etp": 4}):
-        run = planned(QWEN_30B, 8, **layout)
-        assert run.expert_token_copies == Work(run, device_named("h100")).routed_rows
-        ranks = layout.get("tp", 1)
-        assert run.expert_token_copies * ranks / layout.get("etp", 1) == 4096 * 8
-        dispatched = {tensor.name: tensor.size_bytes for tensor in saved_tensors(run, 0)}["dispatched tokens"]
-        assert dispatched == run.expert_token_copies * QWEN_30B.hidden_size * 2
-
-
-def test_parts_name_their_tensors_and_recompute_drops_them():
-    run = planned(DEEPSEEK, 256, pp=16, ep=16)
-    moe = {tensor.name: tensor.size_bytes for tensor in saved_tensors(run, 5)}
-    assert moe["dispatched tokens"] == 4096 * 8 * 7168 * 2
-    assert moe["compressed q and kv, shared key"] == 4096 * (1536 + 512 + 64) * 2
-    assert moe["experts' gate and up"] == 2 * moe["experts' SwiGLU output"] == 4096 * 8 * 2 * 2048 * 2
-    part = replace(run, training=replace(run.training, recompute=("mla_up_projection",)))
-    assert kept_bytes(run, 5) - kept_bytes(part, 5) == 4096 * 128 * (192 + 192 + 128) * 2
-    experts = replace(run, training=replace(run.training, recompute=("experts",)))
-    dense_mlp = replace(run, training=replace(run.training, recompute=("dense_mlp",)))
-    assert kept_bytes(experts, 0) == kept_bytes(run, 0) and kept_bytes(dense_mlp, 5) == kept_bytes(run, 5)
-    busy = replace(run, training=replace(run.training, expert_imbalance=1.5))
-    assert {t.name: t.size_bytes for t in saved_tensors(busy, 5)}["dispatched tokens"] == 1.5 * moe["dispatched tokens"]
-
-
-def test_recomputing_some_layers_or_every_second_product():
-    kept = {}
-    for recompute, layers in (((), 0), (("layer",), 0), (("layer",), 5), (("every_second_product",), 0)):
-        run = planned(LLAMA_8B, 8, recompute=recompute, recompute_layers=layers)
-        kept[recompute, layers] = stage_kept_bytes(run, run.stages()[0])
-    nothing, everything = kept[(), 0], kept[("layer",), 0]
-    assert kept[("layer",), 5] == pytest.approx(nothing - (nothing - everything) * 5 / 32)
-    hidden, key_value, width = LLAMA_8B.hidden_size, 8 * 128, LLAMA_8B.dense_intermediate_size
-    some, none = (  # the more layers, the less is kept
-        planned(LLAMA_8B, 8, recompute=("every_second_product",), recompute_layers=layers) for layers in (1, 32)
-    )
-    of_one = (nothing - kept[("every_second_product",), 0]) / 32
-    assert stage_kept_bytes(some, some.stages()[0]) == pytest.approx(nothing - of_one)
-    assert stage_kept_bytes(none, none.stages()[0]) == kept[("every_second_product",), 0]
-    # layer input, q, v, attention's output and log-sum-exp, gate, the down projection's output; and the last norm
-    element = 2 * (hidden + hidden + key_value + hidden + width + hidden) + 4 * LLAMA_8B.num_heads
-    assert kept[("every_second_product",), 0] == 4096 * (32 * element + 2 * 2 * hidden)
-
-
 def test_fp8_copies_and_saved_inputs():
     bf16, fp8 = planned(LLAMA_8B, 8), planned(LLAMA_8B, 8, precision="fp8-tensorwise")
     stage = bf16.stages()[0]
@@ -311,6 +199,16 @@ def test_phases_of_a_colocated_run():
     shared = colocated_rollout_memory(alias)[0]
     assert shared.parts_bytes["rollout_weights"] == 0 and shared.parts_bytes["weights"] == trained.parts_bytes["weights"]
     assert shared.parts_bytes["kv_cache"] == pytest.approx(0.5 * capacity - trained.parts_bytes["weights"])
+
+
+def test_memory_counts_the_micro_batches_that_samples_are_packed_into():
+    """8 samples of 1000 tokens make few sequences, whatever batch is named."""
+    rollout = RolloutPlan(prompts_per_step=8, group_size=1, mean_response_tokens=1000, memory_fraction=0.5)
+    named, other = (
+        planned(LLAMA_8B, 8, pp=8, recompute=("layer",), rollout=rollout, global_batch_sequences=batch) for batch in (1, 640)
+    )
+    assert named == other and named.microbatches < 8
+    assert training_memory(named) == training_memory(other)
 
 
 def test_rollout_gpus_of_a_split_run():
@@ -374,26 +272,6 @@ def test_more_tensor_parallelism_never_raises_weights(shape, tp, pp, fsdp):
 def test_more_data_parallelism_never_raises_optimizer(shape, dp, tp, cp):
     few, many = (planned(shape, 8 * tp * cp * degree, tp=tp, sp=tp > 1, cp=cp, ep=on_8(shape)) for degree in (dp, 2 * dp))
     assert worst_part(many, "optimizer") <= worst_part(few, "optimizer") * (1 + 1e-12)
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    shape=shapes,
-    pp=st.sampled_from([1, 2, 4]),
-    precision=st.sampled_from(["bf16", "fp8-tensorwise", "fp8-blockwise"]),
-    tokens=st.sampled_from([1024, 4096, 16384]),
-)
-def test_recomputing_more_never_keeps_more(shape, pp, precision, tokens):
-    def kept(*recompute: str) -> list[float]:
-        run = planned(shape, 64, pp=pp, ep=on_8(shape), precision=precision, sequence_length_tokens=tokens, recompute=recompute)
-        return [stage_kept_bytes(run, stage) for stage in run.stages()]
-
-    selected = SELECTIVE if shape.mla is not None else SELECTIVE[:2]
-    none, selective, full = kept(), kept(*selected), kept("layer")
-    assert all(a >= b >= c for a, b, c in zip(none, selective, full, strict=True))
-    same = {"pp": pp, "ep": on_8(shape), "precision": precision, "logits": "in-place"}
-    peaks = [worst_part(planned(shape, 64, recompute=parts, **same), "activations") for parts in ((), selected, ("layer",))]
-    assert peaks == sorted(peaks, reverse=True)
 
 
 @settings(max_examples=40, deadline=None)

@@ -48,6 +48,14 @@ def found():
     return search(QWEN, 16, training=PLAN, space=SMALL)
 
 
+def test_settings_of_the_experts_exchange_exclude_no_layout_without_one():
+    """They have no effect where nothing is exchanged, and a run with them isn't valid there."""
+    base = PlannedRun(QWEN, 16, training=replace(PLAN, overlap_expert=True, dispatch_dtype_bytes=1, expert_imbalance=1.2))
+    runs = [run for run in layouts(base, replace(SMALL, tp=(1,), cp=(1,), pp=(1,), micro_batch_sequences=(1,)))]
+    assert {run.layout.ep: problems(run) for run in runs} == {1: [], 8: [], 16: []}
+    assert {run.layout.ep for run in runs if run.training.overlap_expert} == {8, 16}
+
+
 def test_winner_is_the_fastest_of_all_tried_one_by_one(found):
     working = [run for run in everything(SMALL, 16) if not problems(run) and works(run, HBM_BYTES)]
     seconds = sorted(train_step(run).step_seconds for run in working)
