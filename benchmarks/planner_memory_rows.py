@@ -13,13 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from strop.engine.config import Layout
+from strop.engine.config import GIB, Layout
 from strop.engine.plan.memory import training_memory
 from strop.engine.plan.models import SHAPES
 from strop.engine.plan.run import PlannedRun, TrainingPlan
 from strop.engine.plan.shape import MlaShape, ModelShape, MoeShape
 
-GIB = 2**30
 GIB_PER_GB = 1e9 / GIB
 LLAMA_70B, LLAMA_405B, DEEPSEEK_V3 = SHAPES["llama3-70b"], SHAPES["llama3.1-405b"], SHAPES["deepseek-v3"]
 DEEPSEEK_V2 = ModelShape(

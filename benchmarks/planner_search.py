@@ -9,12 +9,11 @@ from dataclasses import dataclass
 
 from planner_peer_mappings import TARGETS, Target
 
+from strop.engine.config import GIB
 from strop.engine.plan.check import check, predict
 from strop.engine.plan.memory import memory_per_rank, worst_stage
 from strop.engine.plan.run import PlannedRun
 from strop.engine.plan.search import SearchResult, search
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)

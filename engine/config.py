@@ -13,6 +13,8 @@ ContextParallelKind = Literal["ring", "ulysses"]
 Placement = Literal["colocated", "split"]
 Precision = Literal["fp32", "bf16"]
 Device = Literal["auto", "cpu", "cuda"]
+GIB = 2**30
+"""Bytes."""
 
 
 class InputError(ValueError):

@@ -18,10 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from strop.engine.config import InputError
+from strop.engine.config import GIB, InputError
 from strop.engine.plan.drawing import draw_prediction
 from strop.engine.plan.facts import total_parameters
-from strop.engine.plan.memory import GIB
 from strop.engine.plan.models import SHAPES
 from strop.engine.plan.report import Prediction
 from strop.engine.plan.run import PlannedRun

@@ -9,10 +9,11 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from strop.engine.config import GIB
 from strop.engine.plan.drawing import layout_text, seconds_text, words
 from strop.engine.plan.facts import active_parameters, kv_bytes_per_token, parameters, total_parameters, train_flops_per_token
 from strop.engine.plan.grpo import GrpoStep
-from strop.engine.plan.memory import GIB, PARTS
+from strop.engine.plan.memory import PARTS
 from strop.engine.plan.report import Prediction
 from strop.engine.plan.rollout import RolloutTime, rollout_time
 from strop.engine.plan.rollout_memory import rollout_kv_cache_bytes, rollout_weight_bytes

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from strop.engine.config import InputError, Layout, Placement
+from strop.engine.config import GIB, InputError, Layout, Placement
 from strop.engine.plan.candidates import SearchSpace
 from strop.engine.plan.check import check, with_batch
 from strop.engine.plan.devices import device_named
-from strop.engine.plan.memory import GIB
 from strop.engine.plan.models import SHAPES
 from strop.engine.plan.report import Prediction
 from strop.engine.plan.rollout_memory import holds_a_sequence

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ..config import InputError
+from ..config import GIB, InputError
 from .candidates import RECOMPUTE_CHOICES, SearchSpace, divisors, recompute_choices
 from .devices import device_named
 from .grpo import GrpoStep, grpo_step
-from .memory import GIB, StageMemory, memory_per_rank, worst_stage
+from .memory import StageMemory, memory_per_rank, worst_stage
 from .packing import with_batch
 from .problem import Problem
 from .rollout_memory import cache_shortage, holds_a_sequence

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import InputError
+from ..config import GIB, InputError
 from .devices import device_named
 from .layer_exchange import DISPATCHER_MULTIPROCESSORS, contention_share
 from .layer_time import Work
-from .memory import GIB, PARTS
+from .memory import PARTS
 from .report import Prediction
 from .run import PlannedRun
 from .schedules import rank_orders, slot_seconds

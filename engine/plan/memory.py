@@ -6,9 +6,10 @@ Bytes are those of the moment that holds most. The parts of a phase add up to it
 from dataclasses import dataclass
 from typing import Literal
 
+from ..config import GIB
 from .activations import head_working_bytes, layer_working_bytes, stage_kept_bytes
 from .devices import device_named
-from .rollout_memory import GIB, holds_a_sequence, rollout_kv_cache_bytes, rollout_weight_bytes
+from .rollout_memory import holds_a_sequence, rollout_kv_cache_bytes, rollout_weight_bytes
 from .run import PlannedRun, Stage
 from .states import (
     alike_layers,

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from .text import flag_text, value_text
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -17,9 +19,9 @@ class Problem:
     """Values that would do, everything else left alone; () where there is none or the reason names them."""
 
     def __str__(self) -> str:
-        flag = "--" + self.setting.replace("_", "-")
-        fits = f"; nearest that fits: {' or '.join(map(str, self.nearest))}" if self.nearest else ""
-        return f"{flag} {self.value}: {self.reason}{fits}"
+        shown = [flag_text(self.setting, fit) if isinstance(fit, bool | tuple) else value_text(fit) for fit in self.nearest]
+        fits = f"; nearest that fits: {' or '.join(shown)}" if shown else ""
+        return f"{flag_text(self.setting, self.value)}: {self.reason}{fits}"
 
 
 def nearest_fitting(value: int, most: int, fits: Callable[[int], bool]) -> tuple[int, ...]:

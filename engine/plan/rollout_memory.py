@@ -6,13 +6,12 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..config import GIB
 from .devices import device_named
 from .facts import kv_bytes_per_token, parameters
 from .run import PlannedRun
 from .shape import ModelShape
 from .states import attention_rank_matrices, rank_state_bytes
-
-GIB = 2**30
 
 
 def rollout_weight_bytes(run: PlannedRun) -> float:

@@ -19,11 +19,9 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from ..config import InputError
+from ..config import GIB, InputError
 from .checkpoint_writer import PARTIAL, CheckpointWriter
 from .folder import saved_steps
-
-GIB = 2**30
 
 NestedTensors = Mapping[str, "Tensor | NestedTensors"]
 """Tensors (or DTensors) by name, nested as one likes; names are joined with dots. Every rank passes the same names.

@@ -7,7 +7,7 @@ from pathlib import Path
 import pynvml
 import torch
 
-GIB = 2**30
+from ..config import GIB
 
 
 class Telemetry:
