@@ -152,6 +152,15 @@ def pipeline_problems(run: "PlannedRun") -> Iterator[Problem]:
         nearest = nearest_fitting(layout.vpp, layers, lambda vpp: vpp > 1 and _chunks_filled(_with_vpp(run, vpp)))
         fewest = min(run.stage_layers or (layers // layout.pp,))
         yield Problem("layout.vpp", layout.vpp, f"a rank with {fewest} layers doesn't fill as many chunks", nearest)
+    else:
+        yield from _recompute_layers_problems(run)
+
+
+def _recompute_layers_problems(run: "PlannedRun") -> Iterator[Problem]:
+    """training.recompute_layers over the layers of a rank."""
+    given, most = run.training.recompute_layers, max(len(stage.layers) for stage in run.stages())
+    if given > most:
+        yield Problem("training.recompute_layers", given, f"no rank has more than {most} layers", (most,))
 
 
 def _stage_layers_problems(run: "PlannedRun") -> Iterator[Problem]:

@@ -3,7 +3,7 @@
 Constants are fitted on published times of NeMo-RL and slime; tests/plan/test_weight_sync.py compares.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .devices import device_named
 from .efficiency import memory_bound_seconds
@@ -28,6 +28,9 @@ STREAM_LINK_FRACTION = 0.54
 """Achieved of a network card while every tensor is gathered whole by everyone (27 of 50 GB/s: NeMo-RL PRs #634 and #638)."""
 STREAM_TENSOR_SECONDS = 2.5e-4
 """Host time of one tensor: gather, rename, hand over, load (slime: Qwen3-30B-A3B, 18,900 tensors, 7 s)."""
+QUANTIZE_TENSOR_SECONDS = 1.4e-4
+"""Time of one tensor more where the engines' weights are FP8: largest value, scale, cast, and loading both. Fitted on one row,
+NeMo-RL docs/design-docs/nccl-reshard-refit.md: Qwen3-30B-A3B in FP8 takes 2.9-4.0 s, in bf16 0.74-1.53."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,14 @@ class WeightSyncTime:
 
 def weight_sync_time(run: PlannedRun) -> WeightSyncTime:
     """One synchronisation of a run with a rollout."""
+    time = _sync_time(run)
+    if run.rollout.weights_dtype_bytes >= min(TRAINER_BYTES, run.training.weights_dtype_bytes):
+        return time
+    return replace(time, seconds=time.seconds + num_tensors(run.shape) * QUANTIZE_TENSOR_SECONDS)
+
+
+def _sync_time(run: PlannedRun) -> WeightSyncTime:
+    """Without quantisation: what is sent, or copied."""
     weight_bytes, device, tier = rollout_weight_bytes(run), device_named(run.device), run.rollout.weight_sync
     if tier == "alias":
         return WeightSyncTime(tier, 0.0, 0.0)

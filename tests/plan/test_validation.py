@@ -219,6 +219,8 @@ INTERLEAVED = Layout(pp=8, vpp=4, schedule="interleaved")
          ["--layout.pp 5: schedule dualpipe pairs the ranks; nearest that fits: 4 or 6"]),
         ("llama3-8b", 64, {"layout": dataclasses.replace(INTERLEAVED, vpp=6)},
          ["--layout.vpp 6: a rank with 4 layers doesn't fill as many chunks; nearest that fits: 4"]),
+        ("qwen3-8b", 64, {"training.recompute": ("layer",), "training.recompute_layers": 100},
+         ["--training.recompute-layers 100: no rank has more than 36 layers; nearest that fits: 36"]),
         ("llama3-8b", 64, {"layout.pp": 4, "stage_layers": (8, 8, 16)},
          ["--stage-layers 8 8 16: is for 3 ranks, and layout.pp is 4"]),
         ("llama3-8b", 64, {"layout.pp": 4, "stage_layers": (8, 8, 9, 8)},

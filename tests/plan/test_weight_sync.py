@@ -1,4 +1,4 @@
-"""Seconds of a weight synchronisation by tier, against published times."""
+"""Seconds of a weight synchronisation by tier, against published times, those that constants were fitted on and others."""
 
 import pytest
 
@@ -23,6 +23,7 @@ def synced(model: str, gpus: int, rollout_gpus: int = 0, **plan):
         ("qwen3-30b-a3b", 32, 16, {"weight_sync": "reshard", "tp": 4}, 1.53, 1.13),
         ("qwen3-30b-a3b", 32, 16, {"weight_sync": "reshard", "tp": 2}, 1.52, 1.21),
         ("deepseek-v3", 512, 256, {"weight_sync": "reshard", "tp": 32}, 2.83, 2.39),
+        ("qwen3-30b-a3b", 32, 16, {"weight_sync": "reshard", "tp": 8, "weights_dtype_bytes": 1}, 4.0, 2.9),
         # NeMo-RL PR #1379
         ("deepseek-v3", 512, 256, {"weight_sync": "broadcast", "tp": 32}, 14, 14),
         ("qwen3-235b-a22b", 256, 128, {"weight_sync": "broadcast", "tp": 8}, 5.5, 5.5),
@@ -33,6 +34,22 @@ def synced(model: str, gpus: int, rollout_gpus: int = 0, **plan):
 )
 def test_published_times(model, gpus, rollout_gpus, plan, slowest, fastest):
     assert 0.85 * fastest <= synced(model, gpus, rollout_gpus, **plan).seconds <= 1.15 * slowest
+
+
+@pytest.mark.parametrize(
+    "model, gpus, rollout_gpus, plan, seconds, off",
+    [
+        # NeMo-RL docs/guides/checkpoint-engine-refit.md, 256 -> 32 GPUs: few receivers, each with a large part of the model
+        ("deepseek-v3", 288, 32, {"weight_sync": "reshard", "tp": 32}, 9.25, 0.28),
+        # verl's checkpoint engine, 32 H100: 8 GB/s, whatever the links could
+        ("qwen3-30b-a3b", 32, 16, {"weight_sync": "broadcast", "tp": 4}, 7.0, 0.12),
+    ],
+)
+def test_known_misses(model, gpus, rollout_gpus, plan, seconds, off):
+    """Held out, and far off: the constants are those of NeMo-RL and slime, and other engines' transports differ. Whoever mends
+    the model moves a row up."""
+    ratio = synced(model, gpus, rollout_gpus, **plan).seconds / seconds
+    assert ratio == pytest.approx(off, rel=0.1), f"{ratio:.2f} of the published time"
 
 
 def test_nearer_tiers_are_faster():
