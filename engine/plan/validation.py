@@ -36,7 +36,7 @@ def problems(run: "PlannedRun") -> list[Problem]:
     Impossible values (a degree of 0) and contradictions come alone: what they make of the rest has no meaning. Where the GPUs
     don't divide over the degrees, what depends on the number of replicas isn't looked at.
     """
-    found = list(_value_problems(run)) or [*_training_problems(run), *_device_problems(run), *_placement_problems(run)]
+    found = settings_problems(run)
     if found:
         return found
     found = list(rank_problems(run))
@@ -46,6 +46,11 @@ def problems(run: "PlannedRun") -> list[Problem]:
     replicas = run.training_gpus // (layout.tp * layout.cp * layout.pp)
     resolved = replace(run, layout=replace(layout, dp=replicas))
     return [problem for check in CHECKS for problem in check(resolved)]
+
+
+def settings_problems(run: "PlannedRun") -> list[Problem]:
+    """Mistakes that no other layout of training could make right, of a run whose layout may be anybody's."""
+    return list(_value_problems(run)) or [*_training_problems(run), *_device_problems(run), *_placement_problems(run)]
 
 
 def _value_problems(run: "PlannedRun") -> Iterator[Problem]:
