@@ -74,11 +74,6 @@ class ResponseLengths:
         """E[length^2] / E[length]: the length of the response that an average token belongs to."""
         return self.moment(2) / self.moment(1)
 
-    @property
-    def cut_fraction(self) -> float:
-        """Responses that reach the limit, of all."""
-        return float(self.survival(np.array([np.nextafter(self.max_tokens, 0)]))[0])
-
     def survival(self, tokens: NDArray[np.floating]) -> NDArray[np.float64]:
         """Fraction of responses longer than each of `tokens`; 0 from the limit on."""
         tokens = np.asarray(tokens, dtype=float)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strop.engine.config import InputError, Layout
-from strop.engine.plan.grpo import LEARNING_PARTS, forward_seconds, grpo_step, optimizer_step_run, whole_run
+from strop.engine.plan.grpo import LEARNING_PARTS, forward_seconds, grpo_step, host_copy_seconds, optimizer_step_run, whole_run
 from strop.engine.plan.models import SHAPES
 from strop.engine.plan.packing import packed_sequences
 from strop.engine.plan.run import PlannedRun, RolloutPlan, TrainingPlan
@@ -64,6 +64,14 @@ def test_what_is_not_computed_costs_nothing():
     offloaded = grpo_step(planned(offload_training=True)).parts_seconds
     kept = grpo_step(planned()).parts_seconds
     assert offloaded["offload"] > 0 == kept["offload"] and offloaded["reference_logprobs"] > kept["reference_logprobs"]
+
+
+def test_engines_on_the_trainers_weights_leave_them_where_they_are():
+    alias, copied = (planned(weight_sync=tier, offload_training=True) for tier in ("alias", "local_copy"))
+    moved = {run: host_copy_seconds(optimizer_step_run(run), ("optimizer",)) for run in (alias, copied)}
+    weights_seconds = host_copy_seconds(optimizer_step_run(copied), ("weights",))
+    assert grpo_step(alias).parts_seconds["offload"] == moved[alias]
+    assert grpo_step(copied).parts_seconds["offload"] == pytest.approx(moved[copied] + weights_seconds) and weights_seconds > 0
 
 
 def test_training_is_that_of_the_optimizer_steps():

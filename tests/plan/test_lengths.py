@@ -18,7 +18,7 @@ def test_moments_and_maximum_match_a_drawn_sample(mean, limit, spread):
     assert drawn.mean() == pytest.approx(mean, rel=0.01)
     assert (drawn**2).mean() == pytest.approx(lengths.moment(2), rel=0.02)
     assert drawn.max(axis=1).mean() == pytest.approx(lengths.expected_max_tokens(64), rel=0.01)
-    assert (drawn == limit).mean() == pytest.approx(lengths.cut_fraction, abs=0.005)
+    assert (drawn == limit).mean() == pytest.approx(lengths.survival(np.nextafter(limit, 0)), abs=0.005)
 
 
 @pytest.mark.parametrize("mean, limit, spread", CASES)
@@ -45,7 +45,8 @@ def test_maximum_grows_with_the_sample_and_stays_below_the_limit():
 @pytest.mark.parametrize("spread", [0.0, 0.8])
 def test_lengths_without_variation(spread):
     everything_cut = ResponseLengths.of(4096, 4096, spread)
-    assert everything_cut.mean_tokens == everything_cut.quantiles(3)[0] == 4096 and everything_cut.cut_fraction == 1
+    assert everything_cut.mean_tokens == everything_cut.quantiles(3)[0] == 4096
+    assert everything_cut.survival(np.nextafter(4096, 0)) == 1
     one_length = ResponseLengths.of(1000, 4096, 0.0)
     assert one_length.mean_tokens == pytest.approx(1000) == one_length.quantiles(3)[2]
     assert one_length.expected_max_tokens(1000) == pytest.approx(1000, rel=0.01)
