@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from planner_constants import FITTED, FITTED_ELSEWHERE, fit, log_errors
+from planner_constants import FITTED, FITTED_ELSEWHERE, fit, log_errors, weight_in_steps
 from planner_memory_rows import MEMORY_ROWS
 from planner_parts import flops_section, moe_layer_section, step_parts_section, trace_section
 from planner_rl_rows import RL_ROWS
@@ -153,14 +153,20 @@ def _summary(sections: dict[str, Section]) -> str:
 
 def _constants() -> str:
     fitted = sum(row.family in FITTED_FAMILIES for row in ROWS)
+    rows = []
+    for constant in FITTED:
+        weights = weight_in_steps(constant, ROWS)
+        figures = f"{constant.get():.4g} | {median(weights.tolist()):.0%} | {weights.max():.0%}"
+        rows.append(f"| {constant.module}.{constant.label} | {figures} | {constant.meaning} |")
     lines = [
         "## Fitted constants",
         "",
-        f"{len(FITTED)} for {fitted} fitted training runs; all others are measured or stated by the source beside them.",
+        f"{len(FITTED)} for {fitted} fitted training runs; all others are measured or stated by the source beside them. "
+        "Weight: by how many percent a run's step grows when the constant grows by one percent.",
         "",
-        "| of engine.plan | value | what it is |",
-        "|---|---:|---|",
-        *(f"| {constant.module}.{constant.label} | {constant.get():.4g} | {constant.meaning} |" for constant in FITTED),
+        "| of engine.plan | value | weight, median row | largest | what it is |",
+        "|---|---:|---:|---:|---|",
+        *rows,
         "",
         "Fitted on other published figures than training runs:",
         "",

@@ -92,6 +92,15 @@ def log_errors(rows: Sequence[TrainingRow]) -> np.ndarray:
     return np.array([math.log(train_step(row.run).step_seconds / row.published_step_seconds) for row in rows])
 
 
+def weight_in_steps(constant: FittedConstant, rows: Sequence[TrainingRow]) -> np.ndarray:
+    """How much of each row's step a constant decides: the step's growth, relative to the constant's own (its elasticity)."""
+    value, before = constant.get(), log_errors(rows)
+    constant.set(value * (1 + STEP))
+    after = log_errors(rows)
+    constant.set(value)
+    return (after - before) / math.log1p(STEP)
+
+
 def fit(rows: Sequence[TrainingRow], constants: Sequence[FittedConstant] = FITTED) -> dict[str, float]:
     """The constants that fit these rows best; they are left set, so that errors can be printed with them."""
     start = np.log([constant.get() for constant in constants])

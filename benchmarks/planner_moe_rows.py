@@ -251,7 +251,8 @@ def _deepseek() -> list[TrainingRow]:
             19.926,
             "step_seconds",
             "arXiv 2505.09343, Table 4; arXiv 2412.19437, section 3",
-            "assumed: the last stage has one layer beside MTP and heads, every other four; balanced routing",
+            "assumed: the last stage has one layer beside MTP and heads, every other four; balanced routing; nothing hides the "
+            "exchange of gradients and weights",
         ),
         TrainingRow(
             "automodel kimi-k2",
