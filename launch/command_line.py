@@ -1,5 +1,6 @@
 """Command lines of the launch files: a preset's name, then flags that change its values."""
 
+import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +21,9 @@ class _PlanOrConfig(Generic[Config]):
     """A config's flags, and --plan beside them: it is no setting of the run, so no run folder and no resume knows it."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
-    plan: Annotated[str | None, tyro.conf.arg(metavar="DEVICE")] = None
-    """Print what this run would need and take on such GPUs (h100, h200, ...; see launch/plan.py), and stop."""
+    plan: Annotated[str | None, tyro.conf.arg(metavar="DEVICE[xGPUS]")] = None
+    """Print what this run would need and take on so many such GPUs, and stop: h100x8, h200x16, ... (launch/plan.py --help lists
+    them). Without a number: on as many as there are processes."""
 
 
 def parse(
@@ -30,12 +32,14 @@ def parse(
     arguments: Sequence[str] | None = None,
     *,
     plan: Callable[[Config, int, str], int] | None = None,
+    noun: str = "preset",
     or_path: str = "",
 ) -> tuple[str, Config]:
     """(preset's name, its config with the flags applied). Presets: name -> (what it is for, config).
 
-    plan: adds the flag --plan DEVICE, which calls this on the first rank with (config, number of ranks, DEVICE) and ends the
-    process with the exit code that it returns. or_path: which paths the caller has put among the presets, for people.
+    plan: adds the flag --plan DEVICE[xGPUS], which calls this on the first rank with (config, GPUS or else the number of ranks,
+    DEVICE) and ends the process with the exit code that it returns. noun: what the presets are to people. or_path: which paths
+    the caller has put among them, for people.
     Ends the process with exit code 2 and tyro's message, once, for an unknown flag or a value that a config refuses;
     raises InputError for an unknown preset.
     """
@@ -47,21 +51,23 @@ def parse(
         if first_rank:
             width = max(10, *map(len, presets))
             listing = "".join(f"\n  {preset:<{width}} {what}" for preset, (what, _) in presets.items())
-            usage = f"usage: {sys.argv[0]} PRESET [flags]\n\nPRESET --help lists the flags.{others} Presets:"
+            usage = f"usage: {sys.argv[0]} {noun.upper()} [flags]\n\n{noun.upper()} --help lists the flags.{others} "
+            usage += f"{noun.capitalize()}s:"
             print(f"{description}\n\n{usage}{listing}")
         raise SystemExit(0)
     if name not in presets:
-        raise InputError(f"{name!r} is no preset: begin with one of {', '.join(presets)}.{others}".removesuffix("."))
+        raise InputError(f"{name!r} is no {noun}: begin with one of {', '.join(presets)}.{others}".removesuffix("."))
     what, preset = presets[name]
     kind, default = (type(preset), preset) if plan is None else (_PlanOrConfig[type(preset)], _PlanOrConfig(preset))
     parsed = tyro.cli(
         kind, default=default, args=flags, prog=f"{sys.argv[0]} {name}",
-        description=f"{description}\n\nPreset {name}: {what}", console_outputs=first_rank,
+        description=f"{description}\n\n{noun.capitalize()} {name}: {what}", console_outputs=first_rank,
     )  # fmt: skip
     if plan is None:
         return name, parsed
     if parsed.plan is not None:
-        raise SystemExit(plan(parsed.config, ranks.world_size, parsed.plan) if first_rank else 0)
+        device, gpus = re.fullmatch(r"(.*?)(?:x(\d+))?", parsed.plan.lower()).groups()
+        raise SystemExit(plan(parsed.config, int(gpus or ranks.world_size), device) if first_rank else 0)
     return name, parsed.config
 
 

@@ -1,10 +1,11 @@
 """What a run on a cluster will need and take, before any GPU is taken: memory, step time, mistakes of the layout.
 
     python launch/plan.py qwen3-30b-a3b --gpus 16 --layout.ep 16             one layout: memory, seconds, bytes, problems
-    python launch/plan.py deepseek-v3 --gpus 2048 --device h800 --search     all layouts, ranked
+    python launch/plan.py deepseek-v3 --gpus 2048 --device h800 --search     the layouts that fit, ranked
     python launch/plan.py path/to/config.json --gpus 8 --grpo --json plan.json --png plan.png
 
-Nothing here needs a GPU, torch or another process. Exit code 0: the run works; 1: it doesn't, and the plan says why.
+Nothing here needs a GPU, torch or another process; under torchrun the first rank alone plans. Exit code 0: the run works; 3: it
+doesn't, and the plan says why; 2: a mistake on the command line.
 """
 
 try:
@@ -13,21 +14,28 @@ except ImportError as missing:
     raise SystemExit(f"{missing}: install strop first, pip install -e '.[train]' in the repository (see README.md)") from None
 
 import json
+import shlex
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from strop.engine.config import GIB, InputError
+from strop.engine.config import InputError
 from strop.engine.plan.drawing import draw_prediction
 from strop.engine.plan.facts import total_parameters
 from strop.engine.plan.models import SHAPES
+from strop.engine.plan.problem import Problem
 from strop.engine.plan.report import Prediction
 from strop.engine.plan.run import PlannedRun
 from strop.engine.plan.search import search
 from strop.engine.run.failure import FailureReport
-from strop.launch.plan_table import make_console, short, show, show_search
-from strop.launch.planned import PROBLEMS_EXIT_CODE, PlanConfig, shape_of_model, show_plan
+from strop.engine.run.torchrun import Torchrun
+from strop.launch.plan_config import PlanConfig, command_of
+from strop.launch.plan_table import make_console, short, show, show_notes, show_problems, show_search
+from strop.launch.planned import PROBLEMS_EXIT_CODE, predict, shape_of_model
 
 PATHS = "A config.json or the Hugging Face folder with it"
 
@@ -37,45 +45,83 @@ def main() -> None:
         models = {name: (f"{short(total_parameters(shape))} parameters", PlanConfig()) for name, shape in SHAPES.items()}
         models |= {"tiny": ("the GRPO preset's model", PlanConfig())}
         models |= {path: ("the model of this path", PlanConfig()) for path in sys.argv[1:2] if Path(path).exists()}
-        name, config = parse(models, "Plan a run on a cluster. No GPU is needed.", or_path=PATHS)
+        name, config = parse(models, "Plan a run on a cluster. No GPU is needed.", noun="model", or_path=PATHS)
+        if Torchrun.from_environment().rank:
+            sys.exit(0)
         run = config.run(shape_of_model(name))
-        sys.exit(search_layouts(run, config) if config.search else check_layout(run, config))
+        with output_files(config):
+            code = search_layouts(name, run, config) if config.search else check_layout(run, config)
+        sys.exit(code)
 
 
 def check_layout(run: PlannedRun, config: PlanConfig) -> int:
     """Print and write the plan of one layout; returns the exit code."""
-    prediction, problems = show_plan(run)
+    prediction, problems = predict(run)
+    console = make_console()
+    if prediction is None:
+        show_problems(problems, console)
+    else:
+        show(prediction, problems, console)
     content = {} if prediction is None else prediction.as_dict()
-    write(content | {"problems": [str(problem) for problem in problems]}, prediction, config)
+    write(content | {"problems": problems_as_dicts(problems)}, prediction, config)
     return PROBLEMS_EXIT_CODE if problems else 0
 
 
-def search_layouts(run: PlannedRun, config: PlanConfig) -> int:
+def search_layouts(name: str, run: PlannedRun, config: PlanConfig) -> int:
     """Print and write the best layouts and the plan of the first; returns the exit code."""
-    budget_bytes = None if config.memory_budget_gib is None else config.memory_budget_gib * GIB
+    budget_bytes = config.memory_budget_bytes()
     result = search(
-        run.shape, run.gpus, run.device, run.training, run.rollout, space=config.space, memory_bytes=budget_bytes,
+        run.shape, run.gpus, run.device, run.training, run.rollout, space=config.search_space(), memory_bytes=budget_bytes,
         ranked=config.best,
     )  # fmt: skip
-    best = [Prediction.of(replace(found, steps=run.steps)) for found, _ in result.ranked[: config.best]]
+    found = [replace(one, steps=run.steps) for one, _ in result.ranked]
+    best = [Prediction.of(one, budget_bytes) for one in found]
+    commands = [command_of(name, one) for one in found]
     console = make_console()
     if best:
         show(best[0], [], console)
-    show_search(result, best, console)
+    show_search(result, best, commands, console)
+    rows = [{"plan_command": command, **prediction.as_dict()} for command, prediction in zip(commands, best, strict=True)]
     reasons = [{"reason": reason, "count": count} for reason, count in result.reasons()]
-    content = {"best": [prediction.as_dict() for prediction in best], "rejected": reasons, "search_seconds": result.seconds}
-    write(content, best[0] if best else None, config)
+    write({"best": rows, "rejected": reasons, "search_seconds": result.seconds}, best[0] if best else None, config)
     return 0 if best else PROBLEMS_EXIT_CODE
 
 
+def problems_as_dicts(problems: Sequence[Problem]) -> list[dict[str, Any]]:
+    return [{"setting": one.setting, "value": one.value, "nearest": one.nearest, "message": str(one)} for one in problems]
+
+
+@contextmanager
+def output_files(config: PlanConfig) -> Iterator[None]:
+    """--json and --png exist meanwhile, so that one that can't be written is an error before anything is computed; what stays
+    empty is removed."""
+    files = {"json": config.json, "png": config.png}
+    files = {flag: file for flag, file in files.items() if file is not None}
+    try:
+        for flag, file in files.items():
+            try:
+                file.touch()
+            except OSError as error:
+                raise InputError(f"--{flag} {file} can't be written ({error.strerror}): choose another file") from None
+        yield
+    finally:
+        for file in files.values():
+            if file.is_file() and not file.stat().st_size:
+                file.unlink()
+
+
 def write(content: dict[str, Any], drawn: Prediction | None, config: PlanConfig) -> None:
+    """Into the files that were asked for. Where nothing was predicted, there is no picture, an earlier one neither."""
     if config.json is not None:
-        try:
-            config.json.write_text(json.dumps(content, indent=2) + "\n")
-        except OSError as error:
-            raise InputError(f"--json {config.json} can't be written ({error.strerror}): choose another file") from None
-    if config.png is not None and drawn is not None:
+        made_by = {"strop_version": version("strop"), "command": shlex.join(["python", *sys.argv])}
+        config.json.write_text(json.dumps(made_by | content, indent=2) + "\n")
+    if config.png is None:
+        return
+    if drawn is not None:
         draw_prediction(drawn, config.png)
+        return
+    config.png.unlink()
+    show_notes([f"nothing was predicted, so there is no picture {config.png}"], make_console())
 
 
 if __name__ == "__main__":

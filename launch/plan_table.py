@@ -9,15 +9,25 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from strop.engine.config import GIB
-from strop.engine.plan.drawing import layout_text, seconds_text, words
+from strop.engine.plan.drawing import SHOWN_SHARE
 from strop.engine.plan.facts import active_parameters, kv_bytes_per_token, parameters, total_parameters, train_flops_per_token
 from strop.engine.plan.grpo import GrpoStep
-from strop.engine.plan.memory import PARTS
+from strop.engine.plan.memory import PARTS, Phase
 from strop.engine.plan.report import Prediction
 from strop.engine.plan.rollout import RolloutTime, rollout_time
 from strop.engine.plan.rollout_memory import rollout_kv_cache_bytes, rollout_weight_bytes
 from strop.engine.plan.run import PlannedRun
+from strop.engine.plan.text import (
+    engines_text,
+    gib_text,
+    layout_text,
+    recompute_text,
+    seconds_text,
+    settings_text,
+    states_texts,
+    value_text,
+    words,
+)
 from strop.engine.plan.training import StepTime
 from strop.engine.plan.validation import Problem
 
@@ -31,12 +41,13 @@ AXIS_NAMES = {
 }  # fmt: skip
 COLUMN_NAMES = {
     "gradients": "grads", "optimizer": "optim", "activations": "activ", "communication": "comm", "kv_cache": "kv cache",
-    "reference_weights": "reference weights", "rollout_weights": "rollout weights",
+    "reference_weights": "ref", "rollout_weights": "engine",
 }  # fmt: skip
 """Shorter where a word would make the table wider than 80 columns."""
-TEXT_COLUMNS = ("a group lies", "layout", "kind", "recompute", "reason")
-SHOWN_SHARE = 1e-6
-"""Of a step: phases that take less are left out."""
+TEXT_COLUMNS = ("a group lies", "layout", "kind", "settings", "reason")
+NARROWEST = 80
+"""Columns that tables take at least; a narrower terminal breaks their lines itself, which cuts no number in two."""
+PHASE_WORDS = {"training": "training", "rollout": "generating"}
 
 
 @dataclass(frozen=True)
@@ -46,23 +57,29 @@ class Section:
     heading: str
     table: Table
     below: str = ""
+    second: Table | None = None
+    """Under the first one."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Text(f"\n{self.heading}", style="bold")
         if self.table.row_count:
             yield self.table
+        if self.second is not None:
+            yield self.second
         if self.below:
             yield Text(self.below)
 
 
 def make_console() -> Console:
-    return Console(highlight=False, emoji=False)
+    console = Console(highlight=False, emoji=False)
+    console.width = max(console.width, NARROWEST)
+    return console
 
 
 def show(prediction: Prediction, problems: Sequence[Problem], to: Console) -> None:
     """Print everything about one run."""
     run = prediction.run
-    verdict = "does not work" if problems else f"fits, {gib(prediction.headroom_bytes)} GiB free on the fullest rank"
+    verdict = "does not work" if problems else f"fits, {gib_text(prediction.headroom_bytes)} GiB free on the fullest rank"
     to.print(Text(f"{run.shape.name} on {run.gpus} x {run.device}: {verdict}", style="bold"))
     to.print(model_section(run))
     to.print(layout_section(prediction))
@@ -72,7 +89,7 @@ def show(prediction: Prediction, problems: Sequence[Problem], to: Console) -> No
         to.print(transfer_section(prediction))
     if prediction.grpo is not None:
         to.print(generation_section(prediction.grpo.rollout, run))
-        to.print(grpo_section(prediction.grpo))
+        to.print(grpo_section(prediction.grpo, run))
     to.print(whole_run_section(prediction))
     to.print()
     show_problems(problems, to)
@@ -119,29 +136,42 @@ def layout_section(prediction: Prediction) -> Section:
     facts = [
         f"{run.microbatches} micro-batches of {training.micro_batch_sequences} x {training.sequence_length_tokens:,} tokens",
         training.precision,
-        f"recompute {', '.join(map(words, training.recompute))}" if training.recompute else "no recompute",
+        recompute_text(run),
         f"schedule {layout.schedule}" if layout.pp > 1 else "",
         f"vpp {layout.vpp}" if layout.vpp > 1 else "",
+        f"stages of {value_text(run.stage_layers)} layers" if run.stage_layers else "",
         "sequence parallel" if layout.sp else "",
-        "FSDP" if training.fsdp else "ZeRO-1",
+        *states_texts(run),
+        "" if run.rollout is None else engines_text(run),
     ]
     return Section("Layout", table, "; ".join(filter(None, facts)))
 
 
 def memory_section(prediction: Prediction) -> Section:
-    """The worst stage is bold."""
-    worst = prediction.worst
-    parts = [part for part in PARTS if any(one.parts_bytes[part] for one in prediction.memory)]
-    table = grid("stage", *(COLUMN_NAMES.get(part, part) for part in parts), "total")
-    for stages, memory in prediction.alike_memory():
-        same_as_worst = memory.phase == worst.phase and memory.parts_bytes == worst.parts_bytes
-        cells = [gib(memory.parts_bytes[part]) for part in parts]
-        table.add_row(f"{stages} {memory.phase}", *cells, gib(memory.total_bytes), style="bold" if same_as_worst else "")
-    free = prediction.headroom_bytes
-    left = f"{gib(free)} GiB left" if free >= 0 else f"{gib(-free)} GiB too much"
-    host = f", and {gib(worst.host_bytes)} GiB of the host's memory" if worst.host_bytes else ""
-    heading = f"Memory of a rank in GiB, of {gib(prediction.device.hbm_bytes)}"
-    return Section(heading, table, f"Worst: stage {worst.stage.index} in {worst.phase}, {left}{host}.")
+    """A table a phase, as its parts differ; the worst stage is bold."""
+    phases = dict.fromkeys(row.phase for row in prediction.memory_rows())
+    tables = [memory_table(prediction, phase) for phase in phases]
+    said = []
+    for worst in prediction.worst_of_phases():
+        free = prediction.memory_budget_bytes - worst.total_bytes
+        left = f"{gib_text(free)} GiB left" if free >= 0 else f"{gib_text(-free)} GiB too much"
+        host = f", and {gib_text(worst.host_bytes)} GiB of the host's memory" if worst.host_bytes else ""
+        said.append(f"Fullest while {PHASE_WORDS[worst.phase]}: stage {worst.stage.index}, {left}{host}.")
+    heading = f"Memory of a rank in GiB, of {gib_text(prediction.memory_budget_bytes)}"
+    if prediction.memory_budget_bytes < prediction.device.hbm_bytes:
+        heading += f" (the budget; the device has {gib_text(prediction.device.hbm_bytes)})"
+    return Section(heading, tables[0], "\n".join(said), tables[1] if len(tables) > 1 else None)
+
+
+def memory_table(prediction: Prediction, phase: Phase) -> Table:
+    rows = [row for row in prediction.memory_rows() if row.phase == phase]
+    parts = [part for part in PARTS if any(row.parts_bytes.get(part) for row in rows)]
+    table = grid(PHASE_WORDS[phase], *(COLUMN_NAMES.get(part, part) for part in parts), "total")
+    for row in rows:
+        label = row.label if row.label == "engines" else f"stage {row.label}"
+        cells = [gib_text(row.parts_bytes.get(part, 0.0)) for part in parts]
+        table.add_row(label, *cells, gib_text(row.total_bytes), style="bold" if row.is_worst else "")
+    return table
 
 
 def training_section(step: StepTime) -> Section:
@@ -152,8 +182,14 @@ def training_section(step: StepTime) -> Section:
     return Section(f"Optimizer step: {seconds_text(step.step_seconds)}", phases(step.parts_seconds), speed)
 
 
-def grpo_section(step: GrpoStep) -> Section:
-    speed = f"{step.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, prompts and responses over all GPUs"
+def grpo_section(step: GrpoStep, run: PlannedRun) -> Section:
+    plan, received = run.rollout, step.weight_sync.received_bytes_per_gpu
+    speed = f"{step.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, prompts and responses over all GPUs\n"
+    speed += f"Weight sync: {words(plan.weight_sync)}, {gib_text(received)} GiB received a generating GPU."
+    if run.placement == "split":
+        ahead = f"up to {plan.steps_ahead} steps ahead" if plan.steps_ahead else "in turn with training"
+        speed += f"\nThe phases are the training GPUs'. The others generate {ahead}: {seconds_text(step.rollout.total_seconds)}"
+        speed += f", and wait {seconds_text(step.rollout_idle_seconds)}."
     return Section(f"GRPO step: {seconds_text(step.step_seconds)}", phases(step.parts_seconds), speed)
 
 
@@ -171,10 +207,12 @@ def generation_section(rollout: RolloutTime, run: PlannedRun) -> Section:
     table.add_row("samples", f"{plan.prompts_per_step * plan.group_size:,} of {lengths}")
     full, alone = map(seconds_text, rollout.step_seconds)
     table.add_row("decoding step", f"{full} with {rollout.sequences_per_engine:,.0f} sequences an engine, {alone} with one")
-    table.add_row("the tail", f"{seconds_text(rollout.tail_seconds)} with at most a tenth of the sequences left")
+    if rollout.tail_seconds:
+        table.add_row("the tail", f"{seconds_text(rollout.tail_seconds)} with at most a tenth of the sequences left")
     table.add_row("throughput", f"{rollout.tokens_per_second_per_gpu:,.0f} response tokens/s/GPU")
-    weights, cache = gib(rollout_weight_bytes(run)), gib(rollout_kv_cache_bytes(run))
+    weights, cache = gib_text(rollout_weight_bytes(run)), gib_text(rollout_kv_cache_bytes(run))
     table.add_row("memory", f"weights {weights} GiB a GPU, KV cache {cache} GiB")
+    table.add_row("engines", engines_text(run))
     return Section(f"Generation: {seconds_text(rollout.total_seconds)}", table)
 
 
@@ -196,19 +234,21 @@ def whole_run_section(prediction: Prediction) -> Section:
     return Section(f"Whole run, {steps:,} step{'s' if steps > 1 else ''}", table)
 
 
-def show_search(result: "SearchResult", shown: Sequence[Prediction], to: Console) -> None:
-    """Print the best layouts, and the reasons why others were rejected, each with how many it met."""
-    table = grid("", "layout", "micro", "recompute", "step", "tokens/s/GPU", "GiB", "GiB free")
+def show_search(result: "SearchResult", shown: Sequence[Prediction], commands: Sequence[str], to: Console) -> None:
+    """Print the best layouts with the command that plans the first alone, and the reasons why others were rejected, each with
+    how many it met."""
+    table = grid("", "layout", "settings", "step", "tokens/s/GPU", "GiB free")
     for index, prediction in enumerate(shown, 1):
-        training, step = prediction.run.training, prediction.grpo or prediction.training
+        run, step = prediction.run, prediction.grpo or prediction.training
         table.add_row(
-            str(index), layout_text(prediction), str(training.micro_batch_sequences),
-            ", ".join(map(words, training.recompute)) or "-", seconds_text(step.step_seconds),
-            f"{step.tokens_per_second_per_gpu:,.0f}", gib(prediction.worst.total_bytes), gib(prediction.headroom_bytes),
+            str(index), layout_text(run), settings_text(run), seconds_text(step.step_seconds),
+            f"{step.tokens_per_second_per_gpu:,.0f}", gib_text(prediction.headroom_bytes),
         )  # fmt: skip
     looked = f"{result.evaluated_count:,} predicted, {result.outpaced_count:,} that can't be faster left out"
     heading = "Fastest layouts" if shown else "No layout works"
     to.print(Section(heading, table, f"{looked}, in {result.seconds:.1f} s."))
+    if shown:
+        to.print(Text(f"The first one alone: {commands[0]}"), soft_wrap=True)
     reasons = grid("runs", "reason")
     for reason, count in result.reasons():
         reasons.add_row(f"{count:,}", reason)
@@ -220,7 +260,9 @@ def grid(*columns: str) -> Table:
     """A table with a header; numbers are aligned right."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 or column in TEXT_COLUMNS else "right", overflow="fold")
+        is_text = column in TEXT_COLUMNS
+        justify = "left" if index == 0 or is_text else "right"
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=not is_text)
     return table
 
 
@@ -229,10 +271,6 @@ def pairs() -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     return table
-
-
-def gib(size_bytes: float) -> str:
-    return f"{size_bytes / GIB:,.1f}"
 
 
 def short(count: float) -> str:

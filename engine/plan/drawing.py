@@ -11,6 +11,7 @@ from .memory import PARTS
 from .report import Prediction
 from .run import PlannedRun
 from .schedules import rank_orders, slot_seconds
+from .text import gib_text, layout_text, seconds_text, settings_text, words
 from .timeline import Interval, Slot, simulate
 from .training import chunk_times, pipeline_hop
 
@@ -25,9 +26,15 @@ PASS_COLORS = {
     "forward": "#1f5fa8", "backward": "#d1661c", "backward input": "#e8a06c", "backward weight": "#3f8f4f",
     "forward and backward at once": "#8a5bb0",
 }  # fmt: skip
+UPDATE_NAME, UPDATE_COLOR = "gradients exchanged, weights updated", "#7f7f7f"
 LIMIT_COLOR = "#b8403a"
+DARK_TEXT, LIGHT_TEXT = "#1b1b1b", "white"
 LABELLED_SHARE = 0.06
 """A part of at least this share of the device's memory has its number written on it."""
+MOST_INCHES = 14.0
+"""Of the picture's height: with more stages, bars get thinner."""
+SHOWN_SHARE = 1e-6
+"""Of a step: phases that take less are left out, here and in tables."""
 
 
 def draw_prediction(prediction: Prediction, file: Path) -> None:
@@ -36,50 +43,51 @@ def draw_prediction(prediction: Prediction, file: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("--png needs matplotlib: pip install 'strop[train]'") from None
-    run, bars = prediction.run, len(prediction.alike_memory())
+    run, bars = prediction.run, len(prediction.memory_rows())
     has_pipeline = run.layout.pp > 1
     ranks = run.layout.pp if has_pipeline else 0
-    figure = Figure(figsize=(15, max(5.2, 2.4 + 0.36 * bars, 4.2 + 0.3 * ranks)), layout="constrained", dpi=110)
+    height = min(MOST_INCHES, max(5.2, 2.4 + 0.36 * bars, 4.2 + 0.3 * ranks))
+    figure = Figure(figsize=(15, height), layout="constrained", dpi=110)
     grid = figure.add_gridspec(2 if has_pipeline else 1, 2, width_ratios=(5, 5), height_ratios=(3, 4) if has_pipeline else None)
     draw_memory(prediction, figure.add_subplot(grid[:, 0]))
     draw_time(prediction, figure.add_subplot(grid[0, 1]))
     if has_pipeline:
         draw_pipeline(prediction, figure.add_subplot(grid[1, 1]))
-    title = f"{run.shape.name} on {run.gpus} x {run.device}: {layout_text(prediction)}"
-    figure.suptitle(title, x=0.01, ha="left", weight="bold")
+    figure.suptitle(title_text(prediction), x=0.01, ha="left", fontsize=11)
     try:
         figure.savefig(file, format="png")
     except OSError as error:
         raise InputError(f"--png {file} can't be written ({error.strerror}): choose another file") from None
 
 
-def layout_text(prediction: Prediction) -> str:
-    """The layout in a few words: "tp 4 sp · pp 8 vpp 4 interleaved · dp 8 · ep 32"."""
-    layout = prediction.run.layout
-    more = {
-        "tp": " sp" if layout.sp else "",
-        "cp": f" {layout.cp_kind}",
-        "pp": (f" vpp {layout.vpp}" if layout.vpp > 1 else "") + f" {layout.schedule}",
-    }
-    spans = [span for span in prediction.spans() if span.axis != "edp"]
-    return " · ".join(f"{span.axis} {span.ranks}{more.get(span.axis, '')}" for span in spans) or "one rank"
+def title_text(prediction: Prediction) -> str:
+    """What was planned and whether it fits, in two lines."""
+    run, free_bytes = prediction.run, prediction.headroom_bytes
+    verdict = f"fits, {gib_text(free_bytes)} GiB free" if free_bytes >= 0 else f"{gib_text(-free_bytes)} GiB too much"
+    return f"{run.shape.name} on {run.gpus} x {run.device}, {layout_text(run)}: {verdict}\n{settings_text(run)}"
+
+
+def text_color(background: str) -> str:
+    """The one that can be read on a color, by its relative luminance (ITU-R BT.709)."""
+    red, green, blue = (int(background[at : at + 2], 16) / 255 for at in (1, 3, 5))
+    return DARK_TEXT if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.6 else LIGHT_TEXT
 
 
 def draw_memory(prediction: Prediction, axes: "Axes") -> None:
-    """One bar a phase and pipeline stage (alike ones together), part after part; a line at the device's memory."""
+    """One bar a phase and pipeline stage (alike ones together), part after part; a line at the device's memory, a dotted
+    one at a smaller budget."""
     from matplotlib.patches import Patch
 
-    limit, labels = prediction.device.hbm_bytes, [label for label, _ in prediction.alike_memory()]
-    rows = [memory for _, memory in prediction.alike_memory()]
-    colors = {part: color for part, color in zip(PARTS, COLORS, strict=False) if any(row.parts_bytes[part] for row in rows)}
+    limit, rows = prediction.device.hbm_bytes, prediction.memory_rows()
+    colors = {part: color for part, color in zip(PARTS, COLORS, strict=False) if any(row.parts_bytes.get(part) for row in rows)}
     for index, row in enumerate(rows):
         left = 0.0
         for part, color in colors.items():
-            size = row.parts_bytes[part]
+            size = row.parts_bytes.get(part, 0.0)
             axes.barh(index, size / GIB, left=left / GIB, color=color, height=0.78)
             if size >= LABELLED_SHARE * limit:
                 middle = (left + size / 2) / GIB
-                axes.text(middle, index, f"{size / GIB:.1f}", ha="center", va="center", color="white", fontsize=7)
+                axes.text(middle, index, f"{size / GIB:.1f}", ha="center", va="center", color=text_color(color), fontsize=7)
             left += size
         axes.text(left / GIB, index, f" {left / GIB:.1f}", ha="left", va="center", fontsize=8)
     axes.axvline(limit / GIB, color=LIMIT_COLOR, linewidth=1.5, linestyle="--")
@@ -87,8 +95,10 @@ def draw_memory(prediction: Prediction, axes: "Axes") -> None:
         limit / GIB, 1.01, f"{prediction.run.device} {limit / GIB:.1f}", transform=axes.get_xaxis_transform(), ha="center",
         color=LIMIT_COLOR, fontsize=8,
     )  # fmt: skip
+    if prediction.memory_budget_bytes < limit:
+        axes.axvline(prediction.memory_budget_bytes / GIB, color=LIMIT_COLOR, linewidth=1.0, linestyle=":")
     phases = {row.phase for row in rows}
-    names = [f"{label} {row.phase}" if len(phases) > 1 else label for label, row in zip(labels, rows, strict=True)]
+    names = [f"{row.label} {row.phase}" if len(phases) > 1 else row.label for row in rows]
     axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.set_ylim(max(len(rows), 3) - 0.4, -0.6)
     axes.set_xlim(0, 1.1 * max(limit, max(row.total_bytes for row in rows)) / GIB)
@@ -103,25 +113,35 @@ def draw_memory(prediction: Prediction, axes: "Axes") -> None:
 def draw_time(prediction: Prediction, axes: "Axes") -> None:
     """The phases of a step, each where the one before ends; seconds and share written beside them."""
     step = prediction.grpo or prediction.training
-    parts = {name: seconds for name, seconds in step.parts_seconds.items() if seconds > 0}
-    total, left = sum(parts.values()), 0.0
+    total, left = step.step_seconds, 0.0
+    parts = {name: seconds for name, seconds in step.parts_seconds.items() if seconds > SHOWN_SHARE * total}
     for index, seconds in enumerate(parts.values()):
-        axes.barh(index, seconds, left=left, color=COLORS[index % len(COLORS)], height=0.7)
+        color = COLORS[index % len(COLORS)]
+        axes.barh(index, seconds, left=left, color=color, height=0.7)
         right = left + seconds
-        on_the_right = right < 0.7 * total
-        text = f" {seconds_text(seconds)}, {seconds / total:.1%} "
-        axes.text(right if on_the_right else left, index, text, ha="left" if on_the_right else "right", va="center", fontsize=8)
+        written = {"va": "center", "fontsize": 8}
+        if right < 0.7 * total:
+            place, written["ha"] = right, "left"
+        elif left > 0.3 * total:
+            place, written["ha"] = left, "right"
+        else:
+            place, written["ha"], written["color"] = (left + right) / 2, "center", text_color(color)
+        axes.text(place, index, f" {seconds_text(seconds)}, {seconds / total:.1%} ", **written)
         left = right
     axes.set_yticks(range(len(parts)), [words(name) for name in parts], fontsize=8)
     axes.set_ylim(len(parts) - 0.4, -0.6)
     axes.set_xlim(0, 1.02 * total)
     axes.set_xlabel("seconds")
-    axes.set_title(f"{'GRPO step' if prediction.grpo else 'Optimizer step'}: {seconds_text(total)}", loc="left", fontsize=10)
+    title = f"{'GRPO step' if prediction.grpo else 'Optimizer step'}: {seconds_text(total)}"
+    if prediction.run.placement == "split" and prediction.grpo is not None:
+        generates, waits = prediction.grpo.rollout.total_seconds, prediction.grpo.rollout_idle_seconds
+        title += f" of the training GPUs; the others generate {seconds_text(generates)}, wait {seconds_text(waits)}"
+    axes.set_title(title, loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def draw_pipeline(prediction: Prediction, axes: "Axes") -> None:
-    """What every pipeline rank does when, in one optimizer step; white is waiting."""
+    """What every pipeline rank does when, in one optimizer step to its end; white is waiting."""
     from matplotlib.patches import Patch
 
     intervals = pipeline_intervals(prediction.run)
@@ -130,14 +150,19 @@ def draw_pipeline(prediction: Prediction, axes: "Axes") -> None:
             drawn = [one for one in intervals if one.rank == rank and pass_name(one) == name]
             spans = [(one.start_seconds, one.end_seconds - one.start_seconds) for one in drawn]
             axes.broken_barh(spans, (rank - 0.42, 0.84), facecolors=color, edgecolors="white", linewidth=0.15)
+    step_seconds, passes_seconds = prediction.training.step_seconds, max(one.end_seconds for one in intervals)
+    axes.axvspan(passes_seconds, step_seconds, color=UPDATE_COLOR, linewidth=0)
     axes.set_ylim(prediction.run.layout.pp - 0.4, -0.6)
-    axes.set_xlim(0, max(one.end_seconds for one in intervals))
+    axes.set_xlim(0, max(step_seconds, passes_seconds))
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("pipeline rank")
     axes.set_xlabel("seconds")
-    axes.set_title(f"{prediction.run.microbatches} micro-batches", loc="left", fontsize=10)
+    title = f"One optimizer step, {seconds_text(step_seconds)}: {prediction.run.microbatches} micro-batches"
+    axes.set_title(title, loc="left", fontsize=10, pad=18)
     axes.spines[["top", "right"]].set_visible(False)
     names = {pass_name(one) for one in intervals}
     handles = [Patch(color=color, label=name) for name, color in PASS_COLORS.items() if name in names]
+    handles.append(Patch(color=UPDATE_COLOR, label=UPDATE_NAME))
     axes.legend(handles=handles, fontsize=7, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(handles), frameon=False)
 
 
@@ -158,17 +183,3 @@ def pipeline_intervals(run: PlannedRun) -> list[Interval]:
 
 def pass_name(interval: Interval) -> str:
     return "forward and backward at once" if len(interval.passes) > 1 else words(interval.passes[0].work)
-
-
-def words(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def seconds_text(seconds: float) -> str:
-    """Seconds with three digits: 21.3 s, 840 ms, 12.5 us."""
-    if seconds >= 1000:
-        return f"{seconds:,.0f} s"
-    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= 0.9995 * scale:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} us"

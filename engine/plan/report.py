@@ -1,5 +1,6 @@
 """Everything that is predicted of one run, together: `Prediction`, and the same as a dict for JSON with a unit in every key."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -15,14 +16,10 @@ from .facts import (
     train_flops_per_token,
 )
 from .grpo import GrpoStep, WholeRun, grpo_step, optimizer_step_run, whole_run
-from .memory import (
-    StageMemory,
-    colocated_rollout_memory,
-    training_memory,
-    worst_stage,
-)
+from .memory import Phase, StageMemory, colocated_rollout_memory, training_memory, worst_stage
 from .rollout_memory import rollout_kv_cache_bytes, rollout_weight_bytes
 from .run import PlannedRun
+from .text import gib_text
 from .training import StepTime, train_step
 
 AXES: tuple[Axis, ...] = ("tp", "cp", "pp", "dp", "etp", "ep", "edp")
@@ -46,6 +43,19 @@ class AxisSpan:
 
 
 @dataclass(frozen=True)
+class MemoryRow:
+    """The memory of one GPU of several that need the same, to the digit that people are shown."""
+
+    label: str
+    """Pipeline stages, "0-2"; "engines" for GPUs that only generate."""
+    phase: Phase
+    parts_bytes: Mapping[str, float]
+    total_bytes: float
+    is_worst: bool
+    """Whether the fullest rank of the fullest phase is among them."""
+
+
+@dataclass(frozen=True)
 class Prediction:
     """What one run needs and takes."""
 
@@ -54,6 +64,8 @@ class Prediction:
     device: DeviceFacts
     memory: tuple[StageMemory, ...]
     """Of one rank of each pipeline stage while it trains, and then, with colocated rollout, while it generates."""
+    memory_budget_bytes: float
+    """What a rank may take."""
     training: StepTime
     """One optimizer step."""
     grpo: GrpoStep | None
@@ -61,20 +73,22 @@ class Prediction:
     whole: WholeRun
 
     @staticmethod
-    def of(run: PlannedRun) -> "Prediction":
+    def of(run: PlannedRun, memory_budget_bytes: float | None = None) -> "Prediction":
         """Predict a run whose layout is resolved and in which `engine.plan.validation.problems` finds nothing.
 
-        Raises InputError for an unknown device and where engines or samples don't fit their limits.
+        memory_budget_bytes: what a rank may take; None: all that the device has. Raises InputError for an unknown device and
+        where engines or samples don't fit their limits.
         """
         device = device_named(run.device)
+        budget_bytes = device.hbm_bytes if memory_budget_bytes is None else min(memory_budget_bytes, device.hbm_bytes)
         if run.rollout is None:
-            return Prediction(run, device, training_memory(run), train_step(run), None, whole_run(run))
+            return Prediction(run, device, training_memory(run), budget_bytes, train_step(run), None, whole_run(run))
         grpo, whole = grpo_step(run), whole_run(run)
         run = replace(run, training=optimizer_step_run(run).training)
         memory = training_memory(run)
         if run.placement == "colocated":
             memory += colocated_rollout_memory(run)
-        return Prediction(run, device, memory, grpo.training, grpo, whole)
+        return Prediction(run, device, memory, budget_bytes, grpo.training, grpo, whole)
 
     @property
     def worst(self) -> StageMemory:
@@ -82,8 +96,13 @@ class Prediction:
 
     @property
     def headroom_bytes(self) -> float:
-        """Left over on the fullest rank in its fullest phase; negative where the run doesn't fit."""
-        return self.device.hbm_bytes - self.worst.total_bytes
+        """Left of the budget on the fullest rank in its fullest phase; negative where the run doesn't fit."""
+        return self.memory_budget_bytes - self.worst.total_bytes
+
+    def worst_of_phases(self) -> tuple[StageMemory, ...]:
+        """The fullest rank of each phase."""
+        phases = dict.fromkeys(one.phase for one in self.memory)
+        return tuple(worst_stage(tuple(one for one in self.memory if one.phase == phase)) for phase in phases)
 
     def spans(self) -> tuple[AxisSpan, ...]:
         """Axes with more than one rank a group."""
@@ -96,13 +115,18 @@ class Prediction:
             for axis, size in sizes.items() if size > 1
         )  # fmt: skip
 
-    def alike_memory(self) -> list[tuple[str, StageMemory]]:
-        """("0-2", the first of them): consecutive stages that need the same in the same phase."""
-        found: list[tuple[str, StageMemory]] = []
-        for _, group in groupby(self.memory, key=lambda one: (one.phase, one.parts_bytes, one.host_bytes)):
-            first, *others = group
-            last = others[-1].stage.index if others else first.stage.index
-            found.append((f"{first.stage.index}" + (f"-{last}" if others else ""), first))
+    def memory_rows(self) -> list[MemoryRow]:
+        """Consecutive stages together that look the same in the same phase; then the GPUs that only generate."""
+        found = []
+        for _, group in groupby(self.memory, key=_as_shown):
+            stages = list(group)
+            fullest = worst_stage(tuple(stages))
+            label = "-".join(str(index) for index in dict.fromkeys((stages[0].stage.index, stages[-1].stage.index)))
+            is_worst = any(one is self.worst for one in stages)
+            found.append(MemoryRow(label, fullest.phase, fullest.parts_bytes, fullest.total_bytes, is_worst))
+        if self.run.rollout is not None and self.run.placement == "split":
+            parts_bytes = {"rollout_weights": rollout_weight_bytes(self.run), "kv_cache": rollout_kv_cache_bytes(self.run)}
+            found.append(MemoryRow("engines", "rollout", parts_bytes, sum(parts_bytes.values()), False))
         return found
 
     def transfers_by_axis(self) -> dict[str, tuple[Transfer, ...]]:
@@ -124,15 +148,19 @@ class Prediction:
                 "kv_cache_bytes_per_token": kv_bytes_per_token(shape),
             },
             "gpus": run.gpus,
+            "training_gpus": run.training_gpus,
+            "rollout_gpus": run.rollout_gpus,
+            "placement": run.placement,
             "device": asdict(self.device),
             "layout": asdict(run.layout) | {"stage_layers": list(run.stage_layers)},
             "axes": [asdict(span) | {"spans_nodes": span.spans_nodes} for span in self.spans()],
             "training": asdict(run.training),
-            "rollout": None if run.rollout is None else asdict(run.rollout) | {"placement": run.placement},
+            "rollout": None if run.rollout is None else asdict(run.rollout),
             "memory_per_rank": {
                 "stages": [stage_as_dict(one) for one in self.memory],
                 "worst_stage_index": self.worst.stage.index,
                 "worst_phase": self.worst.phase,
+                "memory_budget_bytes": self.memory_budget_bytes,
                 "headroom_bytes": self.headroom_bytes,
             },
             "training_step": asdict(self.training),
@@ -145,6 +173,10 @@ class Prediction:
             "grpo_step": None if self.grpo is None else grpo_as_dict(self.grpo),
             "whole_run": asdict(self.whole) | {"steps": run.steps},
         }
+
+
+def _as_shown(memory: StageMemory) -> tuple:
+    return memory.phase, gib_text(memory.total_bytes), *map(gib_text, memory.parts_bytes.values())
 
 
 def stage_as_dict(memory: StageMemory) -> dict[str, Any]:
@@ -163,6 +195,9 @@ def grpo_as_dict(step: GrpoStep) -> dict[str, Any]:
     """Without its optimizer step, which stands beside it."""
     content = asdict(step)
     del content["training"]
-    curve = content["rollout"].pop("curve")
-    content["rollout"]["curve"] = [{"decoding_seconds": seconds, "active_sequences": active} for seconds, active in curve]
+    rollout = content["rollout"]
+    full, alone = rollout.pop("step_seconds")
+    rollout["decoding_step_seconds"] = {"with_most_sequences": full, "with_one_sequence": alone}
+    curve = rollout.pop("curve")
+    rollout["curve"] = [{"decoding_seconds": seconds, "active_sequences": active} for seconds, active in curve]
     return content

@@ -5,15 +5,17 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from strop.engine.config import InputError, Layout
-from strop.engine.plan.drawing import draw_prediction, layout_text, pipeline_intervals, seconds_text
+from strop.engine.plan.drawing import draw_prediction, pipeline_intervals, text_color, title_text
 from strop.engine.plan.models import SHAPES
 from strop.engine.plan.report import Prediction
 from strop.engine.plan.run import PlannedRun, RolloutPlan, TrainingPlan
+from strop.engine.plan.text import flag_text, layout_text, seconds_text, settings_text
 
 UNITS = (
     "bytes", "seconds", "parameters", "flops_per_token", "bytes_per_token", "flops_per_second", "bytes_per_second", "tokens",
@@ -109,10 +111,46 @@ def test_the_drawn_passes_take_the_predicted_time(predictions) -> None:
 
 
 def test_alike_stages_are_shown_together(predictions) -> None:
-    shown = predictions["moe"].alike_memory()
-    assert shown[0][0] == "0" and any("-" in label for label, _ in shown)
-    covered = [n for label, _ in shown for n in range(int(label.split("-")[0]), int(label.split("-")[-1]) + 1)]
+    labels = [row.label for row in predictions["moe"].memory_rows()]
+    assert labels[0] == "0" and any("-" in label for label in labels)
+    covered = [n for label in labels for n in range(int(label.split("-")[0]), int(label.split("-")[-1]) + 1)]
     assert covered == list(range(16))
+    assert sum(row.is_worst for row in predictions["moe"].memory_rows()) == 1
+
+
+def test_stages_that_differ_in_nothing_that_is_shown_are_one_row(predictions) -> None:
+    """A byte, or what lies on the host, makes no second row of the same numbers."""
+    one, other = predictions["dense"].memory[1:3]
+    parts = one.parts_bytes | {"activations": one.parts_bytes["activations"] + 1}
+    memory = (one, replace(other, parts_bytes=parts, host_bytes=other.host_bytes + 1))
+    [row] = replace(predictions["dense"], memory=memory).memory_rows()
+    assert row.label == "1-2" and row.is_worst
+
+
+def test_gpus_that_only_generate_have_a_row(predictions) -> None:
+    *_, row = predictions["split"].memory_rows()
+    assert row.label == "engines" and row.total_bytes == pytest.approx(0.8 * predictions["split"].device.hbm_bytes)
+
+
+def test_what_fits_is_asked_of_the_budget(predictions) -> None:
+    """Not of the device's memory, which a budget can't exceed."""
+    run, worst_bytes = RUNS["dense"], predictions["dense"].worst.total_bytes
+    small, large = Prediction.of(run, worst_bytes - 1), Prediction.of(run, 1e15)
+    assert small.headroom_bytes == -1 and "too much" in title_text(small)
+    assert large.memory_budget_bytes == large.device.hbm_bytes
+    assert small.as_dict()["memory_per_rank"]["memory_budget_bytes"] == worst_bytes - 1
+
+
+def test_every_phase_has_its_fullest_rank(predictions) -> None:
+    worst = {one.phase: one.total_bytes for one in predictions["grpo"].worst_of_phases()}
+    for phase, total_bytes in worst.items():
+        assert total_bytes == max(one.total_bytes for one in predictions["grpo"].memory if one.phase == phase)
+    assert set(worst) == {"training", "rollout"}
+
+
+def test_decoding_steps_say_which_is_which(predictions) -> None:
+    found = predictions["grpo"].as_dict()["grpo_step"]["rollout"]["decoding_step_seconds"]
+    assert found["with_most_sequences"] > found["with_one_sequence"] > 0
 
 
 def test_groups_of_each_axis(predictions) -> None:
@@ -122,11 +160,43 @@ def test_groups_of_each_axis(predictions) -> None:
     assert spans["pp"].spans_nodes and spans["dp"].spans_nodes
     moe = {span.axis: span for span in predictions["moe"].spans()}
     assert (moe["ep"].ranks, moe["ep"].groups, moe["ep"].ranks_per_node) == (64, 16, 8)
-    assert layout_text(predictions["moe"]) == "pp 16 dualpipe · dp 64 · ep 64"
-    assert layout_text(Prediction.of(PlannedRun.of(SHAPES["qwen3-0.6b"], 1))) == "one rank"
+    assert layout_text(RUNS["moe"]) == "pp 16 dualpipe · dp 64 · ep 64"
+    assert layout_text(PlannedRun.of(SHAPES["qwen3-0.6b"], 1)) == "one rank"
 
 
-@pytest.mark.parametrize("name", ["dense", "grpo"])
+@pytest.mark.parametrize(
+    "setting, value, flag",
+    [("layout.sp", True, "--layout.sp"), ("layout.sp", False, "--layout.no-sp"), ("gpus", 8, "--gpus 8"),
+     ("training.recompute", ("norms", "activation"), "--training.recompute norms activation"),
+     ("training.recompute", (), "--training.recompute"), ("stage_layers", (2, 3), "--stage-layers 2 3"),
+     ("grpo", False, "--no-grpo")],
+)  # fmt: skip
+def test_flags_as_they_are_typed(setting: str, value: Any, flag: str) -> None:
+    assert flag_text(setting, value) == flag
+
+
+def test_settings_that_layouts_differ_in() -> None:
+    """What a ranked row must say so that no two of them read alike."""
+    training = TrainingPlan(
+        gradient_dtype_bytes=2, moment_dtype_bytes=2, offload_optimizer=True, fsdp=True, recompute=("layer",),
+        recompute_layers=2,
+    )  # fmt: skip
+    run = PlannedRun(
+        SHAPES["qwen3-8b"], 16, stage_layers=(18, 18), training=training, rollout=RolloutPlan(tp=2, offload_training=True)
+    )
+    for words in (
+        "micro-batch 1", "recompute layer in 2 layers a rank", "stages of 18 18 layers", "FSDP", "gradients of 2 bytes",
+        "moments of 2 bytes", "optimizer on the host", "trainer on the host while generating", "engines of tp 2, colocated",
+    ):  # fmt: skip
+        assert words in settings_text(run)
+    assert "on 16 of 32 GPUs, 16 train" in settings_text(RUNS["split"])
+
+
+def test_numbers_on_bars_can_be_read() -> None:
+    assert text_color("#9db8dd") != text_color("#1f5fa8")
+
+
+@pytest.mark.parametrize("name", ["dense", "grpo", "split"])
 def test_drawing(predictions, name: str, tmp_path) -> None:
     file = tmp_path / "plan.png"
     draw_prediction(predictions[name], file)
