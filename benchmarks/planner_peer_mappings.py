@@ -13,8 +13,8 @@ from planner_rows import ROWS
 
 from strop.engine.config import Layout
 from strop.engine.plan.candidates import SearchSpace
-from strop.engine.plan.check import with_batch
 from strop.engine.plan.models import SHAPES
+from strop.engine.plan.packing import with_batch
 from strop.engine.plan.run import PlannedRun, RolloutPlan, TrainingPlan
 
 

@@ -11,9 +11,11 @@ from planner_peer_mappings import TARGETS, Target
 
 from strop.engine.config import GIB
 from strop.engine.plan.check import check, predict
+from strop.engine.plan.devices import device_named
 from strop.engine.plan.memory import memory_per_rank, worst_stage
 from strop.engine.plan.run import PlannedRun
 from strop.engine.plan.search import SearchResult, search
+from strop.engine.plan.text import layout_text, settings_text
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,10 @@ class SearchRow:
 def search_target(target: Target) -> SearchRow:
     """Search the target's workload in its space."""
     work = target.workload
-    result = search(work.shape, work.gpus, work.device, work.training, work.rollout, target.space)
+    result = search(
+        work.shape, work.gpus, work.device, work.training, work.rollout, target.space,
+        memory_bytes=device_named(work.device).hbm_bytes,  # no reserve: peers' mappings are held to nothing less
+    )  # fmt: skip
     best = mapping_row("search", result.ranked[0][0], f"{result.seconds:.0f} s") if result.ranked else nothing(result)
     peers = tuple(mapping_row(mapping.peer, mapping.run, mapping.source) for mapping in target.mappings)
     return SearchRow(target, result, best, peers)
@@ -59,30 +64,12 @@ def mapping_row(who: str, run: PlannedRun, source: str) -> MappingRow:
     problems = check(run)
     seconds = None if problems else predict(run).step_seconds
     worst_bytes = worst_stage(memory_per_rank(run)).total_bytes
-    return MappingRow(who, layout_text(run), seconds, "; ".join(map(str, problems)), worst_bytes, source)
+    layout = f"{layout_text(run)}; {settings_text(run)}"
+    return MappingRow(who, layout, seconds, "; ".join(map(str, problems)), worst_bytes, source)
 
 
 def nothing(result: SearchResult) -> MappingRow:
     return MappingRow("search", "none fits", None, str(result.reasons()[:1]), result.smallest_need_bytes, "")
-
-
-def layout_text(run: PlannedRun) -> str:
-    """The layout and what belongs to it, in the words of the settings; ones and defaults are left out."""
-    layout, training = run.layout, run.training
-    words = [f"{name}{getattr(layout, name)}" for name in ("tp", "cp", "pp", "vpp", "ep", "etp") if getattr(layout, name) > 1]
-    words.append(f"dp{layout.dp}")
-    if layout.pp > 1 and layout.schedule not in ("1f1b", "interleaved"):
-        words.append(layout.schedule)
-    if layout.cp > 1 and layout.cp_kind == "ulysses":
-        words.append("ulysses")
-    words.append(f"mbs{training.micro_batch_sequences}")
-    if training.recompute:
-        words.append("recompute " + "+".join(training.recompute))
-    words += [name for name, used in (("FSDP", training.fsdp), ("CPU Adam", training.offload_optimizer)) if used]
-    if run.rollout is not None:
-        engine = f"tp{run.rollout.tp}" + (f" ep{run.rollout.ep}" if run.rollout.ep > 1 else "")
-        words.append(f"generating {engine}" + (f" on {run.rollout.gpus}" if run.placement == "split" else ""))
-    return " ".join(words)
 
 
 def search_rows(names: list[str] | None = None) -> list[SearchRow]:

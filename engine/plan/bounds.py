@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ..config import Layout, PipelineSchedule
 from .activations import in_flight, kept_bytes, layer_working_bytes
 from .devices import device_named
+from .grpo import SAMPLE_SECONDS, SWITCH_SECONDS, host_copy_seconds, offloaded_states
 from .layer_exchange import DISPATCHER_MULTIPROCESSORS, contention_share
 from .layer_time import Operation, Work, embedding_operations, head_operations
 from .memory import FRAGMENTATION, outside_bytes
@@ -83,6 +84,24 @@ class Bounds:
         pieces = self._piece_seconds(run)
         busy = counts @ (pieces[:, 0] + pieces[:, 2])
         return float(run.microbatches * busy.max()) / (2 if layout.schedule == "dualpipe" and layout.pp > 1 else 1)
+
+    def grpo_at_least_seconds(self, run: PlannedRun, step_run: PlannedRun, engine_seconds: float, settled: bool) -> float:
+        """Seconds of a GRPO step of `run`, whose trainer sees `step_run` an optimizer step (`grpo.optimizer_step_run`).
+
+        `engine_seconds`: generation, scoring and weight sync with the engines; settled: nothing about its memory is open, so
+        that its update and offload are counted.
+        """
+        plan = run.rollout
+        step_seconds = self.at_least_seconds(step_run) + (self.update_at_least_seconds(step_run) if settled else 0.0)
+        forward_seconds = self.at_least_forward_seconds(step_run) * (plan.old_logprobs + plan.reference)
+        learner_seconds = plan.optimizer_steps * (forward_seconds + plan.train_epochs * step_seconds)
+        learner_seconds += plan.prompts_per_step * plan.group_size * SAMPLE_SECONDS
+        if run.placement == "colocated" and plan.weight_sync != "alias":
+            learner_seconds += SWITCH_SECONDS
+        if settled and plan.offload_training:
+            learner_seconds += host_copy_seconds(step_run, offloaded_states(plan))
+            learner_seconds += host_copy_seconds(step_run, ("weights",)) if plan.reference else 0.0
+        return max(engine_seconds, learner_seconds) if plan.steps_ahead else engine_seconds + learner_seconds
 
     def at_least_bytes(self, run: PlannedRun) -> float:
         """Device memory of the fullest rank while it trains: states, kept activations, a layer's backward pass, margin."""
@@ -190,5 +209,6 @@ def _pipeline(
         counts[stage.index, embedding] = 0 in stage.layers
         counts[stage.index, embedding + 1] = stage.has_head
         if schedule != "dualpipe":  # its micro-batches come from both ends
-            np.add.at(before[stage.index], [pieces[layer] for layer in range(min(stage.layers))], 1)
+            first = min(stage.layers, default=shape.num_layers if stage.index else 0)
+            np.add.at(before[stage.index], [pieces[layer] for layer in range(first)], 1)
     return counts, before

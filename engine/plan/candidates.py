@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from ..config import ContextParallelKind, Layout, PipelineSchedule, Placement
+from ..config import ContextParallelKind, InputError, Layout, PipelineSchedule, Placement
 from .devices import device_named
 from .run import PlannedRun, RecomputePart, TrainingPlan
 from .shape import ModelShape
@@ -21,44 +21,104 @@ RECOMPUTE_CHOICES: tuple[tuple[RecomputePart, ...], ...] = (
     ("layer",),
 )
 """What recipes use, from nothing to everything; each choice holds those before it except for core_attention, which is apart."""
-SHORTEST_CONTEXT_TOKENS = 2048
-"""Of a sequence on one context-parallel rank: below, the exchange of keys and values outweighs the attention it divides."""
+SHORTEST_CONTEXT_TOKENS = 4096
+"""Of a sequence on one context-parallel rank: recipes divide only longer ones, and below 2,048 the exchange of keys and values
+outweighs the attention that it divides."""
+MOST_CHUNKS = 8
+"""Of an interleaved pipeline rank: recipes have 2 to 8, and each more sends every micro-batch round the ranks once more."""
 LARGEST_MICROBATCH_TOKENS = 32768
 """On one rank: products stop getting faster far below this size, while activations grow with it."""
-LARGEST_ROLLOUT_ENGINE_GPUS = 64
+SEARCHED_SETTINGS = {
+    "training.micro_batch_sequences": "space.micro_batch_sequences", "training.recompute": "space.recompute",
+    "training.recompute_layers": "space.recompute", "rollout.tp": "space.rollout_tp", "rollout.ep": "space.rollout_ep",
+    "rollout.gpus": "space.split_shares", "placement": "space.placements",
+}  # fmt: skip
+"""Settings of a run that a search decides, beside the layout's, and what fixes them there; it takes all others as they are."""
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """What a search may vary. () takes every value that the GPUs, the model and the batch admit; one value fixes a setting."""
+    """What a search may vary. Unset, a setting takes every value that the GPUs, the model and the batch admit; one value fixes
+    it. Raises InputError for values that no run could have."""
 
     tp: tuple[int, ...] = ()
-    """(): up to a node. Across nodes its collectives, several a layer, would run over the network cards."""
+    """Unset: up to a node. Across nodes its collectives, several a layer, would run over the network cards."""
     cp: tuple[int, ...] = ()
+    """Unset: as many as leave each rank 4,096 tokens of a sequence."""
     cp_kinds: tuple[ContextParallelKind, ...] = ("ring", "ulysses")
     pp: tuple[int, ...] = ()
+    """Unset: every divisor of the GPUs up to the number of layers."""
     vpp: tuple[int, ...] = ()
+    """Unset: up to 8 chunks a rank."""
     schedules: tuple[PipelineSchedule, ...] = ("1f1b", "interleaved", "zero-bubble", "dualpipe", "dualpipev")
     ep: tuple[int, ...] = ()
+    """Unset: every divisor of the experts."""
     etp: tuple[int, ...] = ()
-    """(): 1 and tp, whole experts or split like the rest."""
+    """Unset: 1 and tp, whole experts or split like the rest."""
     micro_batch_sequences: tuple[int, ...] = ()
+    """Unset: powers of two up to 32,768 tokens a rank."""
     recompute: tuple[tuple[RecomputePart, ...], ...] = RECOMPUTE_CHOICES
     fsdp: tuple[bool, ...] = ()
-    """(), here and for the next three: as in the training plan alone. These change what is computed or where, not only how it
-    is divided, so the person allows them."""
+    """Unset: both where there is no pipeline, else as in --training.fsdp."""
     gradient_dtype_bytes: tuple[int, ...] = ()
+    """Unset, here and in the next: as in --training. These change what is computed, so the person allows them."""
     moment_dtype_bytes: tuple[int, ...] = ()
     offload_optimizer: tuple[bool, ...] = ()
+    """Unset: as in --training.offload-optimizer, and on where nothing fits without."""
     placements: tuple[Placement, ...] = ("colocated",)
     split_shares: tuple[float, ...] = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
     """Shares of the GPUs that only generate, where the placement is split."""
     rollout_tp: tuple[int, ...] = ()
-    """(): powers of two up to LARGEST_ROLLOUT_ENGINE_GPUS that divide the heads."""
+    """Unset: every divisor of the heads up to 64 GPUs."""
     rollout_ep: tuple[int, ...] = ()
-    """(): 1, and every divisor of the experts up to LARGEST_ROLLOUT_ENGINE_GPUS that is no smaller than tp."""
+    """Unset: 1, and every divisor of the experts up to 64 GPUs that is a multiple of the engine's tp."""
+    memory_fractions: tuple[float, ...] = ()
+    """Unset: --rollout.memory-fraction and, colocated, 0.1 less at a time. Of equally fast ones the least is taken."""
     offload_training: tuple[bool, ...] = ()
-    """(): as in the rollout plan."""
+    """Unset: both where engines are colocated; on if --rollout.offload-training is."""
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "cp", "pp", "vpp", "ep", "etp", "micro_batch_sequences", "rollout_tp", "rollout_ep"):
+            for value in getattr(self, name):
+                if value < 1:
+                    raise InputError(f"{_flag(name)} {value}: must be at least 1")
+        for name in ("gradient_dtype_bytes", "moment_dtype_bytes"):
+            for value in getattr(self, name):
+                if value not in (1, 2, 4):
+                    raise InputError(f"{_flag(name)} {value}: must be 1, 2 or 4 bytes")
+        for name, most in (("split_shares", "below 1"), ("memory_fractions", "at most 1")):
+            for value in getattr(self, name):
+                if not 0 < value <= 1 or (name == "split_shares" and value == 1):
+                    raise InputError(f"{_flag(name)} {value:g}: a share is above 0 and {most}")
+        for name in ("cp_kinds", "schedules", "recompute", "placements", "split_shares"):
+            if not getattr(self, name):
+                raise InputError(f"{_flag(name)} without a value leaves nothing to search: name one, or leave it out")
+
+    def require_effect(self, base: PlannedRun) -> None:
+        """Raises InputError where a value can't take part in a search of this run, with those that can."""
+        shape, everything = base.shape, SearchSpace()
+        if base.rollout is None:
+            for name in ("placements", "split_shares", "rollout_tp", "rollout_ep", "memory_fractions", "offload_training"):
+                if getattr(self, name) != getattr(everything, name):
+                    raise InputError(f"{_flag(name)} has no effect without a rollout (--grpo): add it, or leave this out")
+        if "split" not in self.placements and self.split_shares != everything.split_shares:
+            raise InputError(f"{_flag('split_shares')} has no effect without --space.placements split: add it")
+        if shape.moe is None and {*self.ep, *self.etp, *self.rollout_ep} - {1}:
+            raise InputError(f"--space.ep, --space.etp, --space.rollout-ep: {shape.name} has no experts, so leave them out")
+        for name in ("tp", "cp", "pp"):
+            given, fits = getattr(self, name), divisors(base.gpus, base.gpus)
+            if name == "pp":
+                fits = [value for value in fits if value <= shape.num_layers]
+            elif name == "tp":
+                fits = [value for value in fits if shape.num_heads % value == 0]
+            if given and self.placements == ("colocated",) and not set(given) & set(fits):
+                what = {"tp": f" and {shape.num_heads} heads", "pp": f" with at most {shape.num_layers}, one a layer"}
+                values, fitting = " ".join(map(str, given)), ", ".join(map(str, fits))
+                raise InputError(f"{_flag(name)} {values}: can't divide {base.gpus} GPUs{what.get(name, '')}; {fitting} can")
+
+
+def _flag(name: str) -> str:
+    return "--space." + name.replace("_", "-")
 
 
 def layouts(base: PlannedRun, space: SearchSpace) -> Iterator[PlannedRun]:
@@ -70,7 +130,7 @@ def layouts(base: PlannedRun, space: SearchSpace) -> Iterator[PlannedRun]:
     node_gpus = device_named(base.device).gpus_per_node
     ranks, sequence_tokens = base.training_gpus, base.training.sequence_length_tokens
     most_cp = max(1, sequence_tokens // SHORTEST_CONTEXT_TOKENS)
-    for tp in space.tp or divisors(ranks, node_gpus):
+    for tp in space.tp or [tp for tp in divisors(ranks, node_gpus) if base.shape.num_heads % tp == 0]:
         for cp in space.cp or divisors(ranks, most_cp):
             for pp in space.pp or divisors(ranks, base.shape.num_layers):
                 if ranks % (tp * cp * pp):
@@ -102,7 +162,7 @@ def _schedules(shape: ModelShape, space: SearchSpace, pp: int) -> Iterator[tuple
             yield schedule, 1
             continue
         fewest, most = shape.num_layers // pp, -(-shape.num_layers // pp)
-        for vpp in space.vpp or [v for v in range(2, fewest + 1) if most % v == 0 or v in (2, 4, 8)]:
+        for vpp in space.vpp or [v for v in range(2, min(fewest, MOST_CHUNKS) + 1) if most % v == 0 or v in (2, 4, 8)]:
             if vpp > 1:
                 yield schedule, vpp
 
@@ -128,14 +188,14 @@ def _divided(run: PlannedRun, space: SearchSpace) -> Iterator[PlannedRun]:
             yield replace(run, stage_layers=stage_layers, training=replace(training, micro_batch_sequences=micro))
 
 
-def memory_settings(training: TrainingPlan, space: SearchSpace) -> list[TrainingPlan]:
-    """`training` with every allowed choice of what is kept where, recomputation apart."""
+def memory_settings(training: TrainingPlan, space: SearchSpace, pp: int) -> list[TrainingPlan]:
+    """`training` with every allowed choice of what is kept where, recomputation apart, on a pipeline of pp ranks."""
     return [
         replace(
             training, fsdp=fsdp, gradient_dtype_bytes=gradient, moment_dtype_bytes=moment, offload_optimizer=offload
         )
         for fsdp, gradient, moment, offload in product(
-            space.fsdp or (training.fsdp,),
+            space.fsdp or ((training.fsdp,) if training.fsdp or pp > 1 else (False, True)),
             space.gradient_dtype_bytes or (training.gradient_dtype_bytes,),
             space.moment_dtype_bytes or (training.moment_dtype_bytes,),
             space.offload_optimizer or (training.offload_optimizer,),
@@ -145,7 +205,7 @@ def memory_settings(training: TrainingPlan, space: SearchSpace) -> list[Training
 
 def least_work(training: TrainingPlan, space: SearchSpace) -> TrainingPlan:
     """`training` with the allowed settings that make a step shortest; it may not fit into any memory."""
-    settings = memory_settings(training, space)
+    settings = memory_settings(training, space, pp=1)
     return replace(
         training,
         recompute=(),
@@ -165,32 +225,6 @@ def recompute_choices(shape: ModelShape, space: SearchSpace) -> tuple[tuple[Reco
     lacking |= {"experts"} if "moe" not in kinds else set()
     choices = dict.fromkeys(tuple(part for part in choice if part not in lacking) for choice in space.recompute)
     return tuple(sorted(choices, key=lambda choice: (choice == ("layer",), len(choice))))
-
-
-def rollouts(base: PlannedRun, space: SearchSpace) -> Iterator[PlannedRun]:
-    """`base` with every placement and layout of its rollout engines. They may still have problems."""
-    node_gpus = device_named(base.device).gpus_per_node
-    for placement in space.placements:
-        if placement == "colocated":
-            for offload in space.offload_training or (base.rollout.offload_training,):
-                plan = replace(base.rollout, gpus=0, offload_training=offload)
-                yield from _engines(replace(base, placement=placement, rollout=plan), space)
-            continue
-        unit = node_gpus if base.gpus > node_gpus else 1
-        counts = {round(base.gpus * share / unit) * unit for share in space.split_shares}
-        for gpus in sorted(count for count in counts if 0 < count < base.gpus):
-            plan = replace(base.rollout, gpus=gpus, offload_training=False)
-            yield from _engines(replace(base, placement=placement, rollout=plan), space)
-
-
-def _engines(run: PlannedRun, space: SearchSpace) -> Iterator[PlannedRun]:
-    shape, gpus = run.shape, run.rollout_gpus
-    most = min(gpus, LARGEST_ROLLOUT_ENGINE_GPUS)
-    for tp in space.rollout_tp or [tp for tp in divisors(gpus, most) if shape.num_heads % tp == 0]:
-        eps = [1] if shape.moe is None else [1, *(ep for ep in divisors(shape.moe.num_experts, most) if ep >= max(2, tp))]
-        for ep in space.rollout_ep or eps:
-            if gpus % max(tp * run.rollout.pp, ep) == 0:
-                yield replace(run, rollout=replace(run.rollout, tp=tp, ep=ep))
 
 
 def divisors(number: int, most: int) -> list[int]:

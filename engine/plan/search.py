@@ -10,102 +10,30 @@ import time
 from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import count
 
 from ..config import InputError
 from .bounds import Bounds
-from .candidates import SearchSpace, layouts, least_work, memory_settings, recompute_choices, rollouts
-from .check import check, needs, predict
+from .candidates import SearchSpace, layouts, least_work, memory_settings, recompute_choices
+from .check import check
 from .devices import device_named
-from .grpo import SAMPLE_SECONDS, SWITCH_SECONDS, GrpoStep, host_copy_seconds, offloaded_states, optimizer_step_run
+from .engine_choices import Engines, beside, engine_groups, shares_weights
+from .grpo import GrpoStep, optimizer_step_run
 from .layout_fit import microbatch_rule
-from .memory import colocated_rollout_memory, memory_per_rank, training_memory, worst_stage
-from .rollout import rollout_time
+from .memory import memory_per_rank, training_memory, worst_stage
+from .nearest import predict
 from .run import PlannedRun, RolloutPlan, TrainingPlan
+from .search_result import Rejection, SearchResult
 from .shape import ModelShape
 from .training import StepTime
-from .validation import problems
-from .weight_sync import weight_sync_time
+from .validation import problems, settings_problems
 
 __all__ = ["Rejection", "SearchResult", "SearchSpace", "check", "search"]
 
 RANKED = 10
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """A run that doesn't work and why."""
-
-    run: PlannedRun
-    cause: str
-    """What rejections for the same reason share, whatever their numbers; "memory" where that is the reason."""
-    problem: str = ""
-    """What is wrong with its settings; "" where memory is the reason."""
-    at_least_bytes: float = 0.0
-    """Where memory is the reason: a bound on what the fullest rank needs."""
-    budget_bytes: float = 0.0
-
-    @cached_property
-    def reason(self) -> str:
-        """Why it fails, with the wrong numbers."""
-        return self.problem or needs(worst_stage(memory_per_rank(self.run)), self.budget_bytes)
-
-    @cached_property
-    def need_bytes(self) -> float:
-        """Where memory is the reason: what the fullest rank needs; else 0."""
-        return 0.0 if self.problem else worst_stage(memory_per_rank(self.run)).total_bytes
-
-    def __iter__(self) -> Iterator:
-        return iter((self.run, self.reason))
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    ranked: tuple[tuple[PlannedRun, StepTime | GrpoStep], ...]
-    """Fastest first; of equally fast ones the one with fewer ranks a replica."""
-    rejected: tuple[Rejection, ...]
-    """For lack of memory: a layout with those of the allowed settings that need least."""
-    seconds: float
-    """That the search took."""
-    evaluated_count: int
-    """Steps predicted."""
-    outpaced_count: int
-    """Layouts left out since they can't be faster than the last ranked one."""
-
-    def reasons(self) -> list[tuple[str, int]]:
-        """(reason, how many layouts fail for it), most frequent first; for memory that of the layout nearest to fitting."""
-        groups: dict[str, list[Rejection]] = {}
-        for rejection in self.rejected:
-            groups.setdefault(rejection.cause, []).append(rejection)
-        return sorted(((_nearest(group).reason, len(group)) for group in groups.values()), key=lambda reason: -reason[1])
-
-    @property
-    def smallest_need_bytes(self) -> float:
-        """The least memory that any of the layouts rejected for it needs a GPU; 0 if there is none."""
-        too_large = [one for one in self.rejected if not one.problem]
-        return _nearest(too_large).need_bytes if too_large else 0.0
-
-
-def _nearest(rejections: list[Rejection]) -> Rejection:
-    """The one that needs least memory; its exact need is asked only of those whose bound is below the least found."""
-    nearest: Rejection | None = None
-    for one in sorted(rejections, key=lambda one: one.at_least_bytes):
-        if nearest is not None and one.at_least_bytes >= nearest.need_bytes:
-            break
-        if nearest is None or one.need_bytes < nearest.need_bytes:
-            nearest = one
-    return nearest
-
-
-@dataclass(frozen=True)
-class _Engines:
-    """Rollout engines of one kind on their GPUs; for training alone, none."""
-
-    run: PlannedRun
-    """With the rollout part decided, everything else open."""
-    seconds: float
-    """Of a GRPO step, for generation, scoring and weight sync; they don't depend on the trainer's layout."""
+MEMORY_RESERVE = 0.03
+"""Of a GPU's memory, left free by default: predictions of peaks are this far off in the median (benchmarks/results/planner.md;
+some are much farther)."""
 
 
 @dataclass
@@ -114,9 +42,20 @@ class _OfLayout:
 
     open: int
     """Of its `_Settings`, how many have some left."""
-    fitting: list[TrainingPlan] = field(default_factory=list)
+    fitting: list[tuple[TrainingPlan, bool]] = field(default_factory=list)
+    """With what fits, whether the fastest engines fit beside it."""
     least: tuple[float, PlannedRun] | None = None
     """Of what doesn't fit, the (bound on the) least need."""
+
+    def outdoes(self, training: TrainingPlan) -> bool:
+        """Something that fits is at least as fast for sure: less is recomputed and offloaded, else they are the same. What is
+        offloaded makes room for faster engines, where they are not the fastest."""
+        return any(
+            _recomputes_no_more(one, training)
+            and (one.offload_optimizer == training.offload_optimizer or (fastest and not one.offload_optimizer))
+            and one == replace(training, recompute=one.recompute, offload_optimizer=one.offload_optimizer)
+            for one, fastest in self.fitting
+        )
 
     def note(self, need_bytes: float, run: PlannedRun) -> None:
         if self.least is None or need_bytes < self.least[0]:
@@ -144,12 +83,42 @@ def search(
 ) -> SearchResult:
     """Rank layouts by predicted step time: with equal work, by tokens a second.
 
-    `memory_bytes`: budget of a GPU; None: all that the device has. `ranked`: how many layouts to find. With a rollout, each
-    layout of the trainer is ranked with its fastest engines. Raises InputError for an unknown device, or settings that no
-    layout could make right.
+    `memory_bytes`: budget of a GPU; None: all that the device has but MEMORY_RESERVE. `ranked`: how many layouts to find. With
+    a rollout, each layout of the trainer is ranked with its fastest engines. Where nothing fits and the space leaves
+    offload_optimizer open, the same is tried with the optimizer on the host. Raises InputError for an unknown device, and for
+    settings or values of the space that no layout could make right.
     """
     base = PlannedRun(shape, gpus, device, training=training or TrainingPlan(), rollout=rollout)
-    return _Search(base, space or SearchSpace(), memory_bytes or device_named(device).hbm_bytes, ranked).result()
+    space = space or SearchSpace()
+    budget_bytes = memory_bytes or (1 - MEMORY_RESERVE) * device_named(device).hbm_bytes
+    _require_possible(base, space)
+    result = _Search(base, space, budget_bytes, ranked).result()
+    if not result.ranked and not space.offload_optimizer and not base.training.offload_optimizer:
+        offloaded = _Search(base, replace(space, offload_optimizer=(True,)), budget_bytes, ranked).result()
+        result = offloaded if offloaded.ranked else result
+    return result
+
+
+def _require_possible(base: PlannedRun, space: SearchSpace) -> None:
+    """Raises InputError where the settings are wrong with every placement, or the space's values are."""
+    mistakes: list[str] = []
+    placed = [base] if base.rollout is None else [_placed(base, placement) for placement in space.placements]
+    for run in placed:
+        found = settings_problems(run)
+        if not found:
+            break
+        mistakes += [str(problem) for problem in found]
+    else:
+        raise InputError("\n".join(dict.fromkeys(mistakes)))
+    space.require_effect(base)
+
+
+def _placed(base: PlannedRun, placement: str) -> PlannedRun:
+    """With a placement's own settings as a search would choose them."""
+    plan = base.rollout
+    if placement == "split":
+        plan = replace(plan, gpus=max(1, base.gpus // 2), offload_training=False)
+    return replace(base, placement=placement, rollout=plan)
 
 
 class _Search:
@@ -163,28 +132,18 @@ class _Search:
 
     def result(self) -> SearchResult:
         started = time.perf_counter()
-        for engines in self._placements():
+        groups, failed = engine_groups(self.base, self.space)
+        self.rejected += [Rejection(run, "rollout.tp", reason) for run, reason in failed]
+        for engines in groups:
             self._search_layouts(engines)
+        if not self.ranked and not self.rejected:
+            gpus, model = self.base.gpus, self.base.shape.name
+            raise InputError(f"no layout of --space.* divides {gpus} GPUs and {model}: allow more degrees")
         best = tuple((run, predicted) for _, _, run, predicted in self.ranked)
         seconds = time.perf_counter() - started
-        return SearchResult(best, tuple(self.rejected), seconds, self.evaluated, self.outpaced)
+        return SearchResult(best, tuple(self.rejected), seconds, self.evaluated, self.outpaced, self.budget_bytes)
 
-    def _placements(self) -> list[list[_Engines]]:
-        """For each number of training GPUs (and for each way to share memory with them) the engines, fastest first."""
-        if self.base.rollout is None:
-            return [[_Engines(self.base, 0.0)]]
-        groups: dict[tuple, list[_Engines]] = {}
-        for run in rollouts(self.base, self.space):
-            try:
-                seconds = rollout_time(run).total_seconds + run.rollout.reward_seconds + weight_sync_time(run).seconds
-            except InputError as error:
-                self.rejected.append(Rejection(run, "rollout", str(error)))
-                continue
-            key = (run.placement, run.rollout.gpus, run.rollout.offload_training)
-            groups.setdefault(key, []).append(_Engines(run, seconds))
-        return [sorted(group, key=lambda engines: engines.seconds) for group in groups.values()]
-
-    def _search_layouts(self, engines: list[_Engines]) -> None:
+    def _search_layouts(self, engines: list[Engines]) -> None:
         """Best first: of all layouts and settings, always the one that takes least at the least."""
         if len(self.ranked) == self.wanted and engines[0].seconds >= self.ranked[-1][0]:
             return
@@ -193,7 +152,7 @@ class _Search:
         queue: list[tuple[float, int, PlannedRun, _Settings | None]] = []
         for run in layouts(mildest, self.space):
             if run.rollout is not None:
-                run = self._with_batch(run)
+                run = self._with_batch(_with_own_engines(run))
             queue.append((self._at_least_seconds(run, engines[0].seconds), next(tick), run, None))
         heapq.heapify(queue)
         while queue:
@@ -205,7 +164,7 @@ class _Search:
             if settings is None:
                 found = problems(run)
                 if found:
-                    self.rejected.append(Rejection(run, f"{found[0].setting} {found[0].value}", str(found[0])))
+                    self.rejected.append(Rejection(run, found[0].setting, str(found[0])))
                     continue
                 opened = self._settings(run)
             else:
@@ -219,7 +178,7 @@ class _Search:
 
     def _settings(self, run: PlannedRun) -> list[_Settings]:
         """The settings allowed for a layout, least recomputation first, apart for all that isn't recomputation."""
-        allowed = memory_settings(run.training, self.space)
+        allowed = memory_settings(run.training, self.space, run.layout.pp)
         of_layout = _OfLayout(len(allowed))
         return [
             _Settings(
@@ -233,7 +192,7 @@ class _Search:
         of_layout = settings.of_layout
         for training in settings.left:
             run = replace(settings.run, training=training)
-            if any(_does_no_more(other, training) for other in of_layout.fitting):
+            if of_layout.outdoes(training):
                 continue
             need_bytes = self.bounds.at_least_bytes(run)
             if need_bytes <= self.budget_bytes:
@@ -245,46 +204,24 @@ class _Search:
             self.rejected.append(Rejection(run, "memory", at_least_bytes=need_bytes, budget_bytes=self.budget_bytes))
         return None
 
-    def _try(self, run: PlannedRun, of_layout: _OfLayout, engines: list[_Engines]) -> None:
+    def _try(self, run: PlannedRun, of_layout: _OfLayout, engines: list[Engines]) -> None:
         """Predict a run if it fits and nothing that fits does less."""
-        if any(_does_no_more(other, run.training) for other in of_layout.fitting):
+        if of_layout.outdoes(run.training):
             return
         need_bytes = worst_stage(training_memory(run)).total_bytes
-        full = self._beside(run, engines) if need_bytes <= self.budget_bytes else None
+        full = beside(run, engines, self.budget_bytes) if need_bytes <= self.budget_bytes else None
         if full is None:
             of_layout.note(max(need_bytes, worst_stage(memory_per_rank(run)).total_bytes), run)
             return
-        of_layout.fitting.append(run.training)
+        of_layout.fitting.append((run.training, full.rollout == engines[0].run.rollout))
         self._predict(full)
-
-    def _beside(self, run: PlannedRun, engines: list[_Engines]) -> PlannedRun | None:
-        """The run with the fastest engines that leave it enough memory."""
-        for one in engines:
-            full = replace(run, rollout=one.run.rollout)
-            if full.rollout is None or full.placement == "split":
-                return full
-            if worst_stage(colocated_rollout_memory(full)).total_bytes <= self.budget_bytes:
-                return full
-        return None
 
     def _at_least_seconds(self, run: PlannedRun, engine_seconds: float, settled: bool = False) -> float:
         """Of a step of the run; settled: nothing about its memory is open, so that its update and offload can be counted."""
         step_run = self._step_run(run)
-        step_seconds = self.bounds.at_least_seconds(step_run)
-        if settled:
-            step_seconds += self.bounds.update_at_least_seconds(step_run)
-        plan = run.rollout
-        if plan is None:
-            return step_seconds
-        forward_seconds = self.bounds.at_least_forward_seconds(step_run) * (plan.old_logprobs + plan.reference)
-        learner_seconds = plan.optimizer_steps * (forward_seconds + plan.train_epochs * step_seconds)
-        learner_seconds += plan.prompts_per_step * plan.group_size * SAMPLE_SECONDS
-        if run.placement == "colocated" and plan.weight_sync != "alias":
-            learner_seconds += SWITCH_SECONDS
-        if settled and plan.offload_training:
-            learner_seconds += host_copy_seconds(step_run, offloaded_states(plan))
-            learner_seconds += host_copy_seconds(step_run, ("weights",)) if plan.reference else 0.0
-        return max(engine_seconds, learner_seconds) if plan.steps_ahead else engine_seconds + learner_seconds
+        if run.rollout is not None:
+            return self.bounds.grpo_at_least_seconds(run, step_run, engine_seconds, settled)
+        return self.bounds.at_least_seconds(step_run) + (self.bounds.update_at_least_seconds(step_run) if settled else 0.0)
 
     def _step_run(self, run: PlannedRun) -> PlannedRun:
         """What the trainer sees of the run in one optimizer step."""
@@ -313,15 +250,32 @@ class _Search:
         predicted = predict(run)
         self.evaluated += 1
         entry = (predicted.step_seconds, _simplicity(run), run, predicted)
+        for other in self.ranked:
+            if _family(other[2]) == _family(run):
+                if other[:2] <= entry[:2]:
+                    return
+                self.ranked.remove(other)
+                break
         insort(self.ranked, entry, key=lambda one: one[:2])
         del self.ranked[self.wanted :]
 
 
-def _does_no_more(one: TrainingPlan, other: TrainingPlan) -> bool:
-    """Whether `one` is at least as fast for sure: less is recomputed and offloaded, else they are the same."""
-    recomputes_less = "layer" in other.recompute or set(one.recompute) <= set(other.recompute)
-    alike = replace(other, recompute=one.recompute, offload_optimizer=one.offload_optimizer)
-    return recomputes_less and one.offload_optimizer <= other.offload_optimizer and one == alike
+def _recomputes_no_more(one: TrainingPlan, other: TrainingPlan) -> bool:
+    return "layer" in other.recompute or set(one.recompute) <= set(other.recompute)
+
+
+def _with_own_engines(run: PlannedRun) -> PlannedRun:
+    """With engines that generate with the trainer's weights: those of its degrees."""
+    if not shares_weights(run.rollout):
+        return run
+    layout = run.layout
+    return replace(run, rollout=replace(run.rollout, tp=layout.tp, pp=layout.pp, ep=layout.ep))
+
+
+def _family(run: PlannedRun) -> tuple:
+    """What a layout is to people who choose one; the rest are its settings."""
+    layout = run.layout
+    return (run.training_gpus, layout.tp, layout.cp, layout.pp, layout.ep, layout.etp)
 
 
 def _simplicity(run: PlannedRun) -> tuple:

@@ -1,0 +1,149 @@
+"""Which generation engines a search looks at, and what each takes: seconds of a step and memory of its GPUs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from ..config import InputError, Layout
+from .candidates import SearchSpace, divisors
+from .decode import GenerationEngine
+from .devices import device_named
+from .lengths import ResponseLengths
+from .memory import colocated_rollout_memory, worst_stage
+from .rollout import most_active, rollout_time
+from .rollout_fit import rollout_problems
+from .rollout_memory import rollout_kv_cache_bytes, rollout_weight_bytes
+from .run import PlannedRun, RolloutPlan
+from .weight_sync import weight_sync_time
+
+LARGEST_ROLLOUT_ENGINE_GPUS = 64
+MEMORY_FRACTION_STEP, LEAST_MEMORY_FRACTION = 0.1, 0.2
+"""Colocated engines get what rollout.memory_fraction says, or so much less."""
+
+
+@dataclass(frozen=True)
+class Engines:
+    """Generation engines of one kind on their GPUs; for training alone, none."""
+
+    run: PlannedRun
+    """With the rollout part decided, everything else open."""
+    seconds: float = 0.0
+    """Of a GRPO step, for generation, scoring and weight sync; they don't depend on the trainer's layout."""
+
+
+def engine_groups(base: PlannedRun, space: SearchSpace) -> tuple[list[list[Engines]], list[tuple[PlannedRun, str]]]:
+    """(groups of engines, fastest first and of equally fast ones those with least memory; engines whose memory holds no
+    sequence, and why).
+
+    A group has one number of training GPUs, and its trainer either stays on the device or leaves it.
+    """
+    if base.rollout is None:
+        return [[Engines(base)]], []
+    groups: dict[tuple, list[Engines]] = {}
+    failed: dict[tuple, tuple[PlannedRun, str]] = {}
+    known: dict[tuple, float] = {}
+    for run in rollouts(base, space):
+        plan = run.rollout
+        kind = _kind(run)
+        try:
+            # Memory matters only by how many sequences it holds at once.
+            key = (*kind, _sequences(run))
+            if key not in known:
+                known[key] = rollout_time(run).total_seconds + plan.reward_seconds + weight_sync_time(run).seconds
+        except InputError as error:
+            failed.setdefault(kind, (run, str(error)))  # of the largest share of memory, which comes first
+            continue
+        groups.setdefault((run.placement, plan.gpus, plan.offload_training), []).append(Engines(run, known[key]))
+    ordered = [
+        sorted(group, key=lambda one: (one.seconds, one.run.rollout.memory_fraction, one.run.rollout.tp))
+        for group in groups.values()
+    ]
+    worked = {_kind(one.run) for group in ordered for one in group}
+    return ordered, [failure for kind, failure in failed.items() if kind not in worked]
+
+
+def beside(run: PlannedRun, engines: list[Engines], budget_bytes: float) -> PlannedRun | None:
+    """The run, whose own rollout is one of the engines, with the fastest of them that leave its trainer enough memory."""
+    if run.rollout is None or run.placement == "split":
+        return replace(run, rollout=engines[0].run.rollout)
+    if shares_weights(run.rollout):
+        axes = ("tp", "pp", "ep")
+        engines = [one for one in engines if all(getattr(one.run.rollout, axis) == getattr(run.layout, axis) for axis in axes)]
+    if run.rollout.weight_sync == "alias":  # what the cache gets depends on the layout too
+        for full in (replace(run, rollout=one.run.rollout) for one in engines):
+            if worst_stage(colocated_rollout_memory(full)).total_bytes <= budget_bytes:
+                return full
+        return None
+    trainer_bytes = worst_stage(colocated_rollout_memory(run)).total_bytes - _device_bytes(run)
+    for one in engines:
+        if trainer_bytes + _device_bytes(one.run) <= budget_bytes:
+            return replace(run, rollout=one.run.rollout)
+    return None
+
+
+def _kind(run: PlannedRun) -> tuple:
+    """Of its engines: all but their share of memory and where the trainer is meanwhile."""
+    plan = run.rollout
+    return (run.placement, plan.gpus, plan.tp, plan.pp, plan.ep)
+
+
+def _device_bytes(run: PlannedRun) -> float:
+    """On a generating GPU, whatever trains beside."""
+    return rollout_weight_bytes(run) + rollout_kv_cache_bytes(run)
+
+
+def _sequences(run: PlannedRun) -> float:
+    """That one replica decodes at once. Raises InputError where its memory holds none."""
+    plan, engine = run.rollout, GenerationEngine.of(run)
+    lengths = ResponseLengths.of(plan.mean_response_tokens, plan.max_response_tokens, plan.response_spread)
+    samples = plan.prompts_per_step * plan.group_size * (plan.steps_ahead if plan.steps_ahead > 1 and plan.continuous else 1)
+    return most_active(engine, lengths, -(-samples // (engine.count * engine.replicas)))
+
+
+def shares_weights(plan: RolloutPlan) -> bool:
+    """Engines generate with the weights that a GPU trains, so they have the trainer's degrees."""
+    return plan.weight_sync in ("alias", "local_copy")
+
+
+def rollouts(base: PlannedRun, space: SearchSpace) -> Iterator[PlannedRun]:
+    """`base` with every placement and layout of its rollout engines that the model and the GPUs divide over.
+
+    Engines that generate with the trainer's weights (weight_sync alias, local_copy) have its degrees, so the layout of
+    training follows them.
+    """
+    node_gpus = device_named(base.device).gpus_per_node
+    for placement in space.placements:
+        if placement == "colocated":
+            for offload in space.offload_training or ((True,) if base.rollout.offload_training else (True, False)):
+                plan = replace(base.rollout, offload_training=offload)
+                yield from _engines(replace(base, placement=placement, rollout=plan), space)
+            continue
+        unit = node_gpus if base.gpus > node_gpus else 1
+        counts = {round(base.gpus * share / unit) * unit for share in space.split_shares}
+        for gpus in sorted(count for count in counts if 0 < count < base.gpus):
+            plan = replace(base.rollout, gpus=gpus, offload_training=False)
+            yield from _engines(replace(base, placement=placement, rollout=plan), space)
+
+
+def _engines(run: PlannedRun, space: SearchSpace) -> Iterator[PlannedRun]:
+    shape, plan, gpus = run.shape, run.rollout, run.rollout_gpus
+    most = min(gpus, LARGEST_ROLLOUT_ENGINE_GPUS)
+    pps = divisors(gpus, shape.num_layers) if shares_weights(plan) else [plan.pp]
+    experts = [1] if shape.moe is None else divisors(shape.moe.num_experts, most)
+    for tp, ep, pp in product(space.rollout_tp or divisors(gpus, most), space.rollout_ep or experts, pps):
+        one = replace(run, rollout=replace(plan, tp=tp, ep=ep, pp=pp))
+        if shares_weights(plan):
+            layout = Layout(tp=tp, sp=tp > 1, pp=pp, ep=ep, etp=tp if ep == 1 and shape.moe else 1, dp=gpus // (tp * pp))
+            one = replace(one, layout=layout)
+        if gpus % one.rollout.engine_gpus or any(rollout_problems(one)):
+            continue
+        for fraction in space.memory_fractions or _memory_fractions(run):
+            yield replace(one, rollout=replace(one.rollout, memory_fraction=fraction))
+
+
+def _memory_fractions(run: PlannedRun) -> list[float]:
+    most = run.rollout.memory_fraction
+    if run.placement == "split":
+        return [most]
+    steps = int((most - LEAST_MEMORY_FRACTION) / MEMORY_FRACTION_STEP + 1e-9)
+    return [round(most - step * MEMORY_FRACTION_STEP, 4) for step in range(max(0, steps) + 1)]

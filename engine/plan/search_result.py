@@ -1,0 +1,107 @@
+"""What a search found: layouts in order, and for each reason why others failed the one nearest to working."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from .check import needs
+from .grpo import GrpoStep
+from .memory import memory_per_rank, worst_stage
+from .nearest import Working, nearest_that_fit
+from .run import PlannedRun
+from .text import layout_text, settings_text
+from .training import StepTime
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A run that doesn't work and why."""
+
+    run: PlannedRun
+    cause: str
+    """What rejections for the same reason share: the setting that is wrong; "memory" where that is the reason."""
+    problem: str = ""
+    """What is wrong with its settings; "" where memory is the reason."""
+    at_least_bytes: float = 0.0
+    """Where memory is the reason: a bound on what the fullest rank needs."""
+    budget_bytes: float = 0.0
+
+    @cached_property
+    def reason(self) -> str:
+        """Why it fails, with the wrong numbers."""
+        return self.problem or needs(worst_stage(memory_per_rank(self.run)), self.budget_bytes)
+
+    @cached_property
+    def need_bytes(self) -> float:
+        """Where memory is the reason: what the fullest rank needs; else 0."""
+        return 0.0 if self.problem else worst_stage(memory_per_rank(self.run)).total_bytes
+
+    @property
+    def layout(self) -> str:
+        """Of its run, in words."""
+        return f"{layout_text(self.run)}; {settings_text(self.run)}"
+
+    def __iter__(self) -> Iterator:
+        return iter((self.run, self.reason))
+
+
+@dataclass(frozen=True)
+class RejectionGroup:
+    """Rejections that share a cause."""
+
+    cause: str
+    """A setting's path, or "memory"."""
+    count: int
+    nearest: Rejection
+    """For memory the one that needs least, which the reason's numbers belong to; else the first."""
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    ranked: tuple[tuple[PlannedRun, StepTime | GrpoStep], ...]
+    """Fastest first; of equally fast ones the one with fewer ranks a replica. Of layouts with the same degrees tp, cp, pp, ep,
+    etp and training GPUs only the fastest."""
+    rejected: tuple[Rejection, ...]
+    """For lack of memory: a layout with those of the allowed settings that need least."""
+    seconds: float
+    """That the search took."""
+    evaluated_count: int
+    """Steps predicted."""
+    outpaced_count: int
+    """Layouts left out since they can't be faster than the last ranked one."""
+    budget_bytes: float
+    """Of a GPU, that a layout may need."""
+
+    def groups(self) -> list[RejectionGroup]:
+        """Rejections by cause, most frequent first."""
+        causes: dict[str, list[Rejection]] = {}
+        for rejection in self.rejected:
+            causes.setdefault(rejection.cause, []).append(rejection)
+        groups = [RejectionGroup(cause, len(found), _nearest(found)) for cause, found in causes.items()]
+        return sorted(groups, key=lambda group: -group.count)
+
+    def reasons(self) -> list[tuple[str, int]]:
+        """(reason and the layout that it is about, how many layouts fail for it), most frequent first."""
+        return [(f"{group.nearest.reason}, with {group.nearest.layout}", group.count) for group in self.groups()]
+
+    def ways_out(self) -> list[Working]:
+        """Where nothing works: the layout nearest to fitting into memory, changed until it does, fastest first."""
+        too_large = [one for one in self.rejected if not one.problem]
+        return [] if self.ranked or not too_large else nearest_that_fit(_nearest(too_large).run, self.budget_bytes)
+
+    @property
+    def smallest_need_bytes(self) -> float:
+        """The least memory that any of the layouts rejected for it needs a GPU; 0 if there is none."""
+        too_large = [one for one in self.rejected if not one.problem]
+        return _nearest(too_large).need_bytes if too_large else 0.0
+
+
+def _nearest(rejections: list[Rejection]) -> Rejection:
+    """The one that needs least memory; its exact need is asked only of those whose bound is below the least found."""
+    nearest: Rejection | None = None
+    for one in sorted(rejections, key=lambda one: one.at_least_bytes):
+        if nearest is not None and one.at_least_bytes >= nearest.need_bytes:
+            break
+        if nearest is None or one.need_bytes < nearest.need_bytes:
+            nearest = one
+    return nearest

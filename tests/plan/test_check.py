@@ -1,0 +1,135 @@
+"""What a check says of runs that don't work: numbers, and ways out that are true when they are planned again."""
+
+import math
+import re
+from dataclasses import replace
+
+import pytest
+
+from strop.engine.config import Layout
+from strop.engine.plan.check import check, fewest_gpus, works
+from strop.engine.plan.devices import DEVICES
+from strop.engine.plan.facts import total_parameters
+from strop.engine.plan.memory import memory_per_rank, worst_stage
+from strop.engine.plan.models import SHAPES
+from strop.engine.plan.nearest import least_memory_fraction, nearest_that_fit, predict
+from strop.engine.plan.run import PlannedRun, RolloutPlan, TrainingPlan
+from strop.engine.plan.states import rank_state_bytes
+
+HBM_BYTES = DEVICES["h100"].hbm_bytes
+RUNS = {
+    "own division of layers": PlannedRun.of(SHAPES["qwen3-8b"], 16, layout=Layout(pp=2), stage_layers=(36, 0)),
+    "own division, dualpipe": PlannedRun.of(
+        SHAPES["qwen3-8b"], 16, layout=Layout(pp=2, schedule="dualpipe"), stage_layers=(30, 6)
+    ),
+    "GRPO": PlannedRun.of(SHAPES["qwen3-8b"], 8, rollout=RolloutPlan()),
+    "GRPO with too small a share": PlannedRun.of(SHAPES["qwen3-8b"], 8, rollout=RolloutPlan(memory_fraction=0.1)),
+    "long sequences": PlannedRun.of(SHAPES["qwen3-8b"], 8, training=TrainingPlan(sequence_length_tokens=131072)),
+    "experts": PlannedRun.of(SHAPES["qwen3-30b-a3b"], 8, layout=Layout(ep=8)),
+    "interleaved": PlannedRun.of(
+        SHAPES["qwen3-14b"], 8, layout=Layout(tp=2, sp=True, pp=2, vpp=4, schedule="interleaved"),
+        training=TrainingPlan(micro_batch_sequences=8),
+    ),
+}  # fmt: skip
+
+
+def planned_again(run: PlannedRun, flags: str) -> PlannedRun:
+    """The run that a person gets by typing these flags behind those of `run`."""
+    layout = replace(run.layout, dp=0)
+    parts = {"": {}, "layout": {}, "training": {}, "rollout": {}}
+    for path, values in re.findall(r"--([\w.-]+)((?: (?!--)\S+)*)", flags):
+        section, _, name = path.replace("-", "_").rpartition(".")
+        words = values.split()
+        if name.startswith("no_"):
+            parts[section][name[3:]] = False
+        elif not words:
+            parts[section][name] = True
+        elif name in ("recompute", "stage_layers"):
+            parts[section][name] = tuple(int(word) if word.isdigit() else word for word in words)
+        else:
+            (word,) = words
+            parts[section][name] = int(word) if word.isdigit() else float(word) if "." in word else word
+    changed = replace(run, **parts[""], layout=replace(layout, **parts["layout"]))
+    changed = replace(changed, training=replace(run.training, **parts["training"]))
+    if run.rollout is not None:
+        changed = replace(changed, rollout=replace(run.rollout, **parts["rollout"]))
+    return PlannedRun.of(changed.shape, changed.gpus, **{
+        name: getattr(changed, name) for name in ("device", "layout", "stage_layers", "training", "rollout", "placement")
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_every_way_that_is_named_is_true_when_planned_again(run):
+    assert not works(run, HBM_BYTES)
+    ways = nearest_that_fit(run, HBM_BYTES)
+    assert ways and [way.seconds for way in ways] == sorted(way.seconds for way in ways)
+    (problem,) = check(run)
+    assert problem.nearest == tuple(map(str, ways))
+    for way in ways:
+        again = planned_again(run, " ".join(way.flags))
+        assert check(again) == []
+        assert worst_stage(memory_per_rank(again)).total_bytes == pytest.approx(way.need_bytes)
+        assert predict(again).step_seconds == pytest.approx(way.seconds)
+        assert f"{way.need_bytes / 2**30:.1f} GiB" in str(way) and "a step" in str(way)
+
+
+def test_pairs_of_changes_are_all_looked_at():
+    """Both phases of this run need too much, so no single change does, and no greedy choice finds the fastest pair."""
+    ways = nearest_that_fit(RUNS["GRPO"], HBM_BYTES)
+    assert all(len(way.flags) == 2 for way in ways)
+    known = planned_again(RUNS["GRPO"], "--training.fsdp --rollout.offload-training")
+    assert works(known, HBM_BYTES) and ways[0].seconds <= predict(known).step_seconds
+
+
+def test_short_sequences_are_not_divided():
+    for run in RUNS.values():
+        if run.training.sequence_length_tokens == 4096:
+            assert not any("--layout.cp" in str(way) for way in nearest_that_fit(run, HBM_BYTES))
+
+
+def test_each_phase_that_needs_too_much_is_named():
+    (problem,) = check(RUNS["GRPO"])
+    assert problem.reason.count("of 79.2 GiB") == 2 and "while generating" in problem.reason
+
+
+def test_a_share_of_memory_that_is_too_small_is_blamed_itself():
+    run = RUNS["GRPO with too small a share"]
+    (problem,) = check(run)
+    assert problem.setting == "rollout.memory_fraction"
+    least = least_memory_fraction(run)
+    for fraction, fits in ((least + 1e-3, True), (least - 1e-3, False)):
+        one = replace(run, rollout=replace(run.rollout, memory_fraction=fraction, offload_training=True, reference=False))
+        assert works(replace(one, training=replace(one.training, fsdp=True)), HBM_BYTES) == fits
+
+
+def test_fewest_gpus_is_what_all_states_fill():
+    run = PlannedRun.of(SHAPES["deepseek-v3"], 8)
+    (problem,) = check(run)
+    fewest = fewest_gpus(run, HBM_BYTES)
+    assert problem.setting == "gpus" and f"fill {fewest} GPUs" in problem.reason
+    assert fewest == math.ceil(18 * total_parameters(SHAPES["deepseek-v3"], mtp=True) / HBM_BYTES)
+    sharded = PlannedRun.of(SHAPES["deepseek-v3"], 128, layout=Layout(ep=128), training=TrainingPlan(fsdp=True))
+    assert rank_state_bytes(sharded, sharded.stages()[0]).on_device >= (fewest - 1) * HBM_BYTES / 128
+
+
+def test_default_adam_of_30b_does_not_fit_8_gpus_and_the_check_says_what_does():
+    """scale.md of the states: 76.8 GB on each of 8 GPUs, before activations and the CUDA context."""
+    run = PlannedRun.of(
+        SHAPES["qwen3-30b-a3b"], 8, layout=Layout(ep=8),
+        training=TrainingPlan(global_batch_sequences=64, recompute=("layer",)),
+    )  # fmt: skip
+    states = worst_stage(memory_per_rank(run)).parts_bytes
+    assert sum(states[part] for part in ("weights", "gradients", "optimizer")) == pytest.approx(76.8e9, rel=0.01)
+    (problem,) = check(run)
+    assert problem.setting == "device" and "optimizer" in problem.reason
+    assert problem.nearest
+    for change in problem.nearest:
+        need_gib = float(re.search(r"\(([\d.]+) GiB", change)[1])
+        assert need_gib * 2**30 <= HBM_BYTES * 1.001
+
+
+def test_check_names_the_wrong_degree():
+    run = PlannedRun(
+        SHAPES["llama3-8b"], 12, layout=Layout(tp=6, sp=True, dp=2), training=TrainingPlan(global_batch_sequences=12)
+    )
+    assert any(problem.setting == "layout.tp" and problem.nearest for problem in check(run))
