@@ -211,7 +211,7 @@ def test_engines_are_ordered_and_take_no_more_memory_than_they_use():
 @pytest.mark.parametrize("name, fsdp", [("qwen3-8b", ()), ("qwen3-30b-a3b", ()), ("qwen3-30b-a3b", (False,))])
 def test_grpo_works_out_of_the_box_on_one_node(name, fsdp):
     """The engines' share of memory, the trainer's states beside them and, if it must be, Adam's place are the search's."""
-    space = SearchSpace(pp=(1,), tp=(1, 4), fsdp=fsdp, rollout_tp=(1, 2))
+    space = SearchSpace(pp=(1,), tp=(1,), fsdp=fsdp, rollout_tp=(1, 2))
     result = search(SHAPES[name], 8, rollout=RolloutPlan(), space=space)
     assert result.ranked and result.seconds < 30
     run, predicted = result.ranked[0]
