@@ -82,8 +82,24 @@ def search_layouts(name: str, run: PlannedRun, config: PlanConfig) -> int:
         show(best[0], [], console)
     show_search(result, best, commands, console)
     rows = [{"plan_command": command, **prediction.as_dict()} for command, prediction in zip(commands, best, strict=True)]
-    reasons = [{"reason": reason, "count": count} for reason, count in result.reasons()]
-    write({"best": rows, "rejected": reasons, "search_seconds": result.seconds}, best[0] if best else None, config)
+    rejected = [
+        {
+            "setting": group.cause,
+            "count": group.count,
+            "nearest_layout": group.nearest.layout,
+            "reason": group.nearest.reason,
+            "need_bytes": group.nearest.need_bytes,
+        }
+        for group in result.groups()
+    ]
+    content = {
+        "best": rows,
+        "rejected": rejected,
+        "ways_out": [str(way) for way in result.ways_out()],
+        "search_seconds": result.seconds,
+        "search_budget_bytes": result.budget_bytes,
+    }
+    write(content, best[0] if best else None, config)
     return 0 if best else PROBLEMS_EXIT_CODE
 
 

@@ -49,7 +49,7 @@ class PlanConfig:
     best: int = 10
     """With --search: how many layouts to show."""
     memory_budget_gib: float | None = None
-    """With --search: what a rank may take; unset: all that its GPU has."""
+    """With --search: what a rank may take; unset: what its GPU has, less a reserve of 3%."""
     json: Path | None = None
     """Write everything as JSON into this file; units are in its keys."""
     png: Path | None = None
@@ -91,7 +91,7 @@ class PlanConfig:
                 raise InputError(f"{flag}: --search decides it; --{fixed_by.replace('_', '-')} says among which values")
 
     def memory_budget_bytes(self) -> float | None:
-        """What a rank may take; None: all that its GPU has. Raises InputError for what no GPU has."""
+        """What a rank may take; None: not asked for. Raises InputError for what no GPU has."""
         if self.memory_budget_gib is None:
             return None
         budget_bytes, device_bytes = self.memory_budget_gib * GIB, device_named(self.device.lower()).hbm_bytes

@@ -245,8 +245,9 @@ def show_search(result: "SearchResult", shown: Sequence[Prediction], commands: S
             f"{step.tokens_per_second_per_gpu:,.0f}", gib_text(prediction.headroom_bytes),
         )  # fmt: skip
     looked = f"{result.evaluated_count:,} predicted, {result.outpaced_count:,} that can't be faster left out"
+    budget = f"at most {gib_text(result.budget_bytes)} GiB a GPU"
     heading = "Fastest layouts" if shown else "No layout works"
-    to.print(Section(heading, table, f"{looked}, in {result.seconds:.1f} s."))
+    to.print(Section(heading, table, f"{looked}, {budget}, in {result.seconds:.1f} s."))
     if shown:
         to.print(Text(f"The first one alone: {commands[0]}"), soft_wrap=True)
     reasons = grid("runs", "reason")
@@ -254,6 +255,8 @@ def show_search(result: "SearchResult", shown: Sequence[Prediction], commands: S
         reasons.add_row(f"{count:,}", reason)
     if reasons.row_count:
         to.print(Section(f"Rejected: {len(result.rejected):,}", reasons))
+    for way in result.ways_out():
+        to.print(Text(f"nearest that works: {way}"), soft_wrap=True)
 
 
 def grid(*columns: str) -> Table:

@@ -2,11 +2,14 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from strop.engine.model.sources import resolve_model
+from strop.launch.planned import PROBLEMS_EXIT_CODE as PROBLEMS
 from strop.launch.planned import shape_at, shape_of_model
 from strop.launch.presets import GRPO_PRESETS
 
@@ -28,17 +31,65 @@ def test_a_layout_that_fits(launcher) -> None:
 def test_the_layout_that_peers_cannot_run_is_refused_with_the_number(launcher) -> None:
     """Default Adam states of Qwen3-30B-A3B on 8 GPUs of 80 GB."""
     written = launcher.folder / "plan.json"
-    output = launcher.run("plan.py", "qwen3-30b-a3b", "--gpus", 8, "--layout.ep", 8, "--json", written, code=1)
+    output = launcher.run("plan.py", "qwen3-30b-a3b", "--gpus", 8, "--layout.ep", 8, "--json", written, code=PROBLEMS)
     assert "does not work" in output and "optimizer" in output
     [problem] = [line for line in output.splitlines() if line.startswith("problem: ")]
-    assert json.loads(written.read_text())["problems"] == [problem.removeprefix("problem: ")]
+    plan = json.loads(written.read_text())
+    [told] = plan["problems"]
+    assert told["message"] == problem.removeprefix("problem: ") and told["setting"] == "device" and told["nearest"]
+    assert plan["command"].endswith(f"qwen3-30b-a3b --gpus 8 --layout.ep 8 --json {written}") and plan["strop_version"]
 
 
 def test_settings_that_leave_nothing_to_predict(launcher) -> None:
-    output = launcher.run("plan.py", "qwen3-30b-a3b", "--gpus", 16, "--layout.tp", 3, code=1)
+    output = launcher.run("plan.py", "qwen3-30b-a3b", "--gpus", 16, "--layout.tp", 3, code=PROBLEMS)
     assert "tp 3" in output and "nearest that fits" in output and "Memory of a rank" not in output
-    output = launcher.run("plan.py", "deepseek-v3", "--gpus", 256, "--layout.pp", 16, "--layout.ep", 16, "--grpo", code=1)
-    assert "--rollout.tp 1" in output and "KV cache" in output and "Memory of a rank" not in output
+    flags = ("--gpus", 256, "--layout.pp", 16, "--layout.ep", 16, "--grpo")
+    output = launcher.run("plan.py", "deepseek-v3", *flags, code=PROBLEMS)
+    assert "KV cache" in output and "Memory of a rank" not in output
+
+
+def test_no_picture_where_nothing_was_predicted(launcher) -> None:
+    """An earlier picture would be taken for this plan's."""
+    drawn = launcher.folder / "plan.png"
+    drawn.write_bytes(b"an earlier picture")
+    output = launcher.run("plan.py", "qwen3-8b", "--layout.tp", 3, "--png", drawn, code=PROBLEMS)
+    assert "there is no picture" in output and not drawn.exists()
+
+
+def test_files_that_cannot_be_written_are_told_before_a_search(launcher) -> None:
+    drawn = launcher.folder / "plan.png"
+    flags = ("--gpus", 2048, "--search", "--png", drawn, "--json", launcher.folder / "absent" / "plan.json")
+    output = launcher.run("plan.py", "deepseek-v3", *flags, code=2, timeout=10)
+    assert "can't be written" in output and not drawn.exists()
+
+
+def test_the_first_rank_alone_plans(launcher) -> None:
+    assert launcher.run("plan.py", "tiny", WORLD_SIZE="8", RANK="3", LOCAL_RANK="3") == ""
+
+
+def test_the_planner_starts_without_torch(launcher) -> None:
+    """The tiny model too, which the engine makes with torch."""
+    source = (
+        "import runpy, sys\nsys.argv = ['plan.py', 'tiny']\n"
+        "try:\n    runpy.run_path(sys.path.pop(), run_name='__main__')\n"
+        "except SystemExit as end:\n    print('torch' in sys.modules, end.code)"
+    )
+    file = Path(__file__).parents[2] / "launch" / "plan.py"
+    started = f"import sys\nsys.path.append({str(file)!r})\n{source}"
+    printed = subprocess.run([sys.executable, "-c", started], check=True, capture_output=True, text=True).stdout
+    assert printed.splitlines()[-1] == "False 0"
+
+
+def test_what_was_planned_is_said(launcher) -> None:
+    output = launcher.run(
+        "plan.py", "qwen3-8b", "--gpus", 8, "--layout.tp", 2, "--layout.sp", "--grpo", "--placement", "split",
+        "--rollout.gpus", 4, "--rollout.steps-ahead", 1, "--training.offload-optimizer", "--training.gradient-dtype-bytes", 2,
+    )  # fmt: skip
+    for text in (
+        "on 4 of 8 GPUs, 4 train", "optimizer on the host", "gradients of 2 bytes", "Weight sync: reshard", "1 steps ahead",
+        "engines",
+    ):  # fmt: skip
+        assert text in " ".join(output.split())
 
 
 def test_narrow_pipes_are_readable(launcher) -> None:
@@ -51,27 +102,64 @@ def test_narrow_pipes_are_readable(launcher) -> None:
     lines = [line for line in output.splitlines() if not line.startswith("How far off")]
     assert max(map(len, lines)) <= 80
     assert "…" not in output, "nothing is cut"
+    headers = [line.split() for line in lines if line.startswith(("training ", "generating ")) and "total" in line]
+    for header, words in zip(headers, (("weights", "activ", "total"), ("engine", "margin", "total")), strict=True):
+        assert set(words) <= set(header), "no word is broken"
+    at_forty = launcher.run("plan.py", "qwen3-8b", "--gpus", 8, "--layout.tp", 2, "--layout.sp", COLUMNS="40")
+    assert "training   weights" in at_forty, "a narrower terminal gets the same lines"
 
 
 def test_search(launcher) -> None:
     written = launcher.folder / "search.json"
     output = launcher.run(
-        "plan.py", "qwen3-4b", "--gpus", 8, "--search", "--best", 3, "--space.pp", 1, "--space.cp", 1, "--json", written
-    )
+        "plan.py", "qwen3-4b", "--gpus", 8, "--search", "--best", 3, "--space.pp", 1, "--space.cp", 1, "--json", written,
+        "--memory-budget-gib", 60,
+    )  # fmt: skip
     assert "Fastest layouts" in output
     best = json.loads(written.read_text())["best"]
     seconds = [plan["training_step"]["step_seconds"] for plan in best]
     assert len(best) == 3 and seconds == sorted(seconds)
-    assert all(plan["memory_per_rank"]["headroom_bytes"] >= 0 and plan["layout"]["pp"] == 1 for plan in best)
+    for plan in best:
+        memory = plan["memory_per_rank"]
+        assert memory["memory_budget_bytes"] == 60 * 2**30 and plan["layout"]["pp"] == 1
+        worst = max(stage["total_bytes"] for stage in memory["stages"])
+        assert 0 <= memory["headroom_bytes"] == memory["memory_budget_bytes"] - worst
+    assert f"fits, {best[0]['memory_per_rank']['headroom_bytes'] / 2**30:.1f} GiB free" in output
+    assert "of 60.0 (the budget; the device has 79.2)" in output
+    command = best[0]["plan_command"]
+    assert f"The first one alone: {command}\n" in output
+    again = launcher.run(*command.removeprefix("python launch/").split(), "--json", written)
+    assert again and json.loads(written.read_text())["training_step"] == best[0]["training_step"]
+
+
+@pytest.mark.parametrize("flags", [("--grpo",), ("--grpo", "--space.placements", "split", "--training.recompute", "layer")])
+def test_a_searched_row_is_planned_again_by_its_command(launcher, flags) -> None:
+    written = launcher.folder / "plan.json"
+    model = ("qwen3-0.6b", "--gpus", 8, "--steps", 5, "--device", "H200")
+    launcher.run("plan.py", *model, "--search", "--best", 2, "--json", written, *flags)
+    best = json.loads(written.read_text())["best"]
+    for row in best:
+        launcher.run(*row["plan_command"].removeprefix("python launch/").split(), "--json", written)
+        again = json.loads(written.read_text())
+        assert {key: again[key] for key in row if key not in ("plan_command", "command")} == {
+            key: row[key] for key in row if key not in ("plan_command", "command")
+        }
+        assert "layer" in row["training"]["recompute"] or "layer" not in flags
 
 
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        (("gpt-5",), "'gpt-5' is no preset"),
+        (("gpt-5",), "'gpt-5' is no model"),
         (("qwen3-8b", "--device", "abacus"), "abacus"),
         (("qwen3-8b", "--rollout.tp", 2), "no effect without --grpo"),
         (("qwen3-8b", "--search", "--layout.tp", 2), "--search tries every layout"),
+        (("qwen3-8b", "--search", "--rollout.tp", 8, "--grpo"), "--space.rollout-tp says among which values"),
+        (("qwen3-8b", "--search", "--training.micro-batch-sequences", 3), "--space.micro-batch-sequences says"),
+        (("qwen3-8b", "--search", "--training.recompute-layers", 3), "leave it out"),
+        (("qwen3-8b", "--search", "--memory-budget-gib", 500), "h100 has 79.2 GiB"),
+        (("qwen3-8b", "--search", "--space.placements", "split"), "no effect without"),
+        (("qwen3-8b", "--png", "plan.jpg"), "ends in .png"),
         (("qwen3-8b", "--best", 0), "--best 0"),
         (("qwen3-8b", "--best", 3, "--space.tp", 2), "--space.* and --memory-budget-gib have no effect without --search"),
         (("qwen3-8b", "--grpo", "--training.global-batch-sequences", 12), "no effect with --grpo"),
@@ -107,6 +195,16 @@ def test_plan_of_exactly_this_run(launcher) -> None:
     assert not (launcher.folder / "never").exists()
 
 
+def test_a_run_on_more_gpus_than_there_are_here(launcher) -> None:
+    flags = ("grpo.py", "tiny", "--layout.tp", 2)
+    output = launcher.run(*flags, "--plan", "H100x8")
+    assert output.startswith("tiny on 8 x h100: fits") and "dp (data)" in output and "evaluations and checkpoints" in output
+    output = launcher.run(*flags, "--plan", "h100x3", code=PROBLEMS)
+    assert "--plan h100x3: 3 training GPUs" in output and "h100x2 or h100x4" in output
+    output = launcher.run("grpo.py", "tiny", "--plan", "h100", "--rollout.kv-cache-gib", 100, code=2)
+    assert "--rollout.kv-cache-gib 100" in output and "79.2 GiB" in output
+
+
 def test_plan_of_an_evaluation(launcher) -> None:
     output = launcher.run("evaluate.py", "smollm2", "--plan", "h200", "--model", "tiny")
     assert output.startswith("tiny on 1 x h200") and "Generation" in output
@@ -123,7 +221,7 @@ def test_readme_example_is_what_the_command_prints(launcher) -> None:
     """Facts and layout to the letter; predicted seconds and bytes to within 5%, as their constants may be fitted again."""
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     command, printed = re.search(r"^```\n\$ python launch/plan\.py (.*?)\n(.*?)^```$", readme, re.M | re.S).groups()
-    output = launcher.run("plan.py", *command.split(), code=1, COLUMNS="100")
+    output = launcher.run("plan.py", *command.split(), code=PROBLEMS, COLUMNS="100")
     lines, expected = output.rstrip().splitlines(), printed.rstrip().splitlines()
     facts = expected.index(next(line for line in expected if line.startswith("Memory of a rank")))
     assert [line.rstrip() for line in lines[:facts]] == expected[:facts]
