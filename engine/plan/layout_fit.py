@@ -26,7 +26,12 @@ def rank_problems(run: "PlannedRun") -> Iterator[Problem]:
     elif run.shape.moe is not None and ranks // layout.pp % (layout.ep * layout.etp):
         dense_ranks = ranks // layout.pp
         reason = f"ep x etp = {layout.ep * layout.etp} doesn't divide dp x cp x tp = {dense_ranks}"
-        yield Problem("layout.ep", layout.ep, reason, nearest_fitting(layout.ep, dense_ranks, lambda ep: _ep_fits(run, ep)))
+        if dense_ranks % layout.etp:
+            fits = nearest_fitting(layout.etp, dense_ranks, lambda etp: dense_ranks % (layout.ep * etp) == 0)
+            yield Problem("layout.etp", layout.etp, reason, fits)
+        else:
+            fits = nearest_fitting(layout.ep, dense_ranks, lambda ep: _ep_fits(run, ep))
+            yield Problem("layout.ep", layout.ep, reason, fits)
 
 
 def shared_by(run: "PlannedRun") -> int:
@@ -43,7 +48,7 @@ def tensor_problems(run: "PlannedRun") -> Iterator[Problem]:
     if reasons:
         most = run.training_gpus // (layout.cp * layout.pp)
         nearest = nearest_fitting(layout.tp, most, lambda tp: _ranks_fit(run, tp=tp) and not _undivided_by_tp(run, tp))
-        yield from (Problem("layout.tp", layout.tp, reason, nearest) for reason in reasons)
+        yield Problem("layout.tp", layout.tp, ", ".join(reasons), nearest)
 
 
 def _undivided_by_tp(run: "PlannedRun", tp: int) -> list[str]:
@@ -118,7 +123,7 @@ def context_problems(run: "PlannedRun") -> Iterator[Problem]:
     if reasons:
         most = run.training_gpus // (run.layout.tp * run.layout.pp)
         nearest = nearest_fitting(cp, most, lambda other: _ranks_fit(run, cp=other) and not _undivided_by_cp(run, other))
-        yield from (Problem("layout.cp", cp, reason, nearest) for reason in reasons)
+        yield Problem("layout.cp", cp, ", ".join(reasons), nearest)
 
 
 def _undivided_by_cp(run: "PlannedRun", cp: int) -> list[str]:
@@ -137,13 +142,12 @@ def _undivided_by_cp(run: "PlannedRun", cp: int) -> list[str]:
 def pipeline_problems(run: "PlannedRun") -> Iterator[Problem]:
     """Layers over pipeline ranks and their chunks."""
     layout, layers = run.layout, run.shape.num_layers
-    undivided = list(_stage_layers_problems(run))
+    undivided = [*_stage_layers_problems(run)] or [*schedule_problems(run)]
     if undivided:
         yield from undivided
     elif not _pp_fits(run, layout.pp):
-        odd = layout.schedule == "dualpipe" and layout.pp % 2
         chunks = " of two chunks" if layout.schedule == "dualpipev" else ""
-        reason = "schedule dualpipe pairs the ranks" if odd else f"{layers} layers don't fill as many ranks{chunks}"
+        reason = f"{layers} layers don't fill as many ranks{chunks}"
         yield Problem("layout.pp", layout.pp, reason, nearest_fitting(layout.pp, layers, lambda pp: _pp_fits(run, pp)))
     elif not _chunks_filled(run):
         if layout.schedule != "interleaved":
@@ -161,6 +165,14 @@ def _recompute_layers_problems(run: "PlannedRun") -> Iterator[Problem]:
     given, most = run.training.recompute_layers, max(len(stage.layers) for stage in run.stages())
     if given > most:
         yield Problem("training.recompute_layers", given, f"no rank has more than {most} layers", (most,))
+
+
+def schedule_problems(run: "PlannedRun") -> Iterator[Problem]:
+    """Pipeline ranks that a schedule can't use, however many GPUs there are."""
+    layout = run.layout
+    if layout.schedule == "dualpipe" and layout.pp > 1 and layout.pp % 2:
+        nearest = nearest_fitting(layout.pp, run.shape.num_layers, lambda pp: _pp_fits(run, pp))
+        yield Problem("layout.pp", layout.pp, "schedule dualpipe pairs the ranks", nearest)
 
 
 def _stage_layers_problems(run: "PlannedRun") -> Iterator[Problem]:

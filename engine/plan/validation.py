@@ -16,6 +16,7 @@ from .layout_fit import (
     expert_problems,
     pipeline_problems,
     rank_problems,
+    schedule_problems,
     tensor_problems,
 )
 from .problem import Problem, nearest_fitting
@@ -41,7 +42,11 @@ def problems(run: "PlannedRun") -> list[Problem]:
         return found
     found = list(rank_problems(run))
     if found:
-        return [*found, *tensor_problems(run), *expert_problems(run)]
+        degrees = [*tensor_problems(run), *context_problems(run), *schedule_problems(run)]
+        if degrees:  # which no number of GPUs makes right
+            changed = all(problem.nearest for problem in degrees)  # and with them the ranks that the GPUs must hold
+            found = [] if changed else [replace(problem, nearest=()) for problem in found]
+        return [*found, *degrees, *expert_problems(run)]
     layout = run.layout
     replicas = run.training_gpus // (layout.tp * layout.cp * layout.pp)
     resolved = replace(run, layout=replace(layout, dp=replicas))

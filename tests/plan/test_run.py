@@ -137,9 +137,8 @@ def test_of_names_every_mistake() -> None:
     with pytest.raises(InputError) as caught:
         PlannedRun.of(SHAPES["qwen3-30b-a3b"], 24, layout=Layout(tp=3, ep=6), training=TrainingPlan(global_batch_sequences=100))
     assert str(caught.value).splitlines() == [
-        "--layout.tp 3: doesn't divide 32 heads; nearest that fits: 2 or 4",
-        "--layout.tp 3: doesn't divide 151936 tokens of the vocabulary; nearest that fits: 2 or 4",
-        "--layout.tp 3: 4 key/value heads neither divide by it nor can all be copied equally often; nearest that fits: 2 or 4",
+        "--layout.tp 3: doesn't divide 32 heads, doesn't divide 151936 tokens of the vocabulary, 4 key/value heads neither "
+        "divide by it nor can all be copied equally often; nearest that fits: 2 or 4",
         "--layout.no-sp: with experts, tensor-parallel ranks divide the tokens between them (as Megatron-LM requires); "
         "nearest that fits: --layout.sp",
         "--layout.ep 6: doesn't divide 128 experts; nearest that fits: 4 or 8",
