@@ -89,6 +89,11 @@ class PlanConfig:
                 if setting == "training.recompute_layers":
                     raise InputError(f"{flag}: --search recomputes in all layers of a rank: leave it out")
                 raise InputError(f"{flag}: --search decides it; --{fixed_by.replace('_', '-')} says among which values")
+        for name in ("fsdp", "gradient_dtype_bytes", "moment_dtype_bytes", "offload_optimizer"):
+            value, allowed = getattr(self.training, name), getattr(self.space, name)
+            if value != getattr(TrainingPlan(), name) and allowed and value not in allowed:
+                one, other = flag_text(f"training.{name}", value), flag_text(f"space.{name}", allowed)
+                raise InputError(f"{one} and {other} contradict each other: leave one out")
 
     def memory_budget_bytes(self) -> float | None:
         """What a rank may take; None: not asked for. Raises InputError for what no GPU has."""

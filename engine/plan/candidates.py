@@ -46,11 +46,13 @@ class SearchSpace:
     cp: tuple[int, ...] = ()
     """Unset: as many as leave each rank 4,096 tokens of a sequence."""
     cp_kinds: tuple[ContextParallelKind, ...] = ("ring", "ulysses")
+    """Tried where a sequence is divided."""
     pp: tuple[int, ...] = ()
     """Unset: every divisor of the GPUs up to the number of layers."""
     vpp: tuple[int, ...] = ()
     """Unset: up to 8 chunks a rank."""
     schedules: tuple[PipelineSchedule, ...] = ("1f1b", "interleaved", "zero-bubble", "dualpipe", "dualpipev")
+    """Tried where there is a pipeline."""
     ep: tuple[int, ...] = ()
     """Unset: every divisor of the experts."""
     etp: tuple[int, ...] = ()
@@ -63,9 +65,11 @@ class SearchSpace:
     gradient_dtype_bytes: tuple[int, ...] = ()
     """Unset, here and in the next: as in --training. These change what is computed, so the person allows them."""
     moment_dtype_bytes: tuple[int, ...] = ()
+    """Of each of Adam's two moments."""
     offload_optimizer: tuple[bool, ...] = ()
     """Unset: as in --training.offload-optimizer, and on where nothing fits without."""
     placements: tuple[Placement, ...] = ("colocated",)
+    """With --grpo: whether all GPUs take turns, or some only generate."""
     split_shares: tuple[float, ...] = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
     """Shares of the GPUs that only generate, where the placement is split."""
     rollout_tp: tuple[int, ...] = ()
@@ -159,7 +163,8 @@ def _schedules(shape: ModelShape, space: SearchSpace, pp: int) -> Iterator[tuple
         return
     for schedule in space.schedules:
         if schedule != "interleaved":
-            yield schedule, 1
+            if schedule != "dualpipe" or pp % 2 == 0:  # it pairs the ranks
+                yield schedule, 1
             continue
         fewest, most = shape.num_layers // pp, -(-shape.num_layers // pp)
         for vpp in space.vpp or [v for v in range(2, min(fewest, MOST_CHUNKS) + 1) if most % v == 0 or v in (2, 4, 8)]:

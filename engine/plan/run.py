@@ -28,19 +28,20 @@ class TrainingPlan:
     packed_length_tokens: int = 0
     """Of the sequences packed into one, the length that a mean token's has: attention sees no farther. 0: one fills it."""
     global_batch_sequences: int = 256
-    """Sequences an optimizer step, over all data-parallel replicas. With a rollout it follows from the samples
-    (`packing.with_batch`), whatever is given."""
+    """Sequences an optimizer step, over all data-parallel replicas. With a rollout it follows from the samples,
+    whatever is given (engine/plan/packing.py)."""
     micro_batch_sequences: int = 1
     """Sequences a forward pass of one replica."""
     precision: TrainingPrecision = "bf16"
     """Of the matrix products of layers. fp8-tensorwise: one scale a tensor (Transformer Engine's current scaling);
     fp8-blockwise: 1x128 activations and 128x128 weights (DeepSeek-V3)."""
     recompute: tuple[RecomputePart, ...] = ()
-    """What the backward pass computes again instead of keeping: () nothing, ("layer",) everything but the layers' inputs;
+    """What the backward pass computes again instead of keeping. Unset: nothing; layer: everything but the layers' inputs;
     every_second_product: key, output and up projection with all element-wise operations (torchtitan's selective "op")."""
     recompute_layers: int = 0
-    """Layers of a pipeline rank that `recompute` holds for, its first ones; 0: all."""
+    """Layers of a pipeline rank that recomputation holds for, its first ones; 0: all."""
     weights_dtype_bytes: int = 2
+    """Of a weight as the layers compute with it; 4 for fp32 training and for FSDP of fp32 weights."""
     gradient_dtype_bytes: int = 4
     """4: fp32 main gradients; 2: bf16."""
     moment_dtype_bytes: int = 4
@@ -57,7 +58,7 @@ class TrainingPlan:
     logits: Literal["fused", "in-place", "materialized", "eager", "retained"] = "fused"
     """fused: the head's logits exist a chunk at a time (strop.kernels). All at once: in-place, in 16 bits, their gradient
     written over them (Transformer Engine's fused cross entropy, NVIDIA's recipes); materialized, as fp32 softmax that becomes
-    the gradient (Megatron's own); eager, torch's cross_entropy(logits.float()) with gradients of its own (torchtitan);
+    the gradient (Megatron's own); eager, torch's cross entropy of logits cast to fp32, with gradients of its own (torchtitan);
     retained, that while the loop's own reference keeps the fp32 logits too (output.logits of Hugging Face models)."""
     dispatcher: Dispatcher = "deepep"
     """How tokens reach their experts: NCCL's all-to-all of every copy, or DeepEP / HybridEP: a token goes to a node once."""
@@ -99,10 +100,13 @@ class RolloutPlan:
     """Generation of one GRPO step's samples."""
 
     prompts_per_step: int = 64
+    """Questions a GRPO step."""
     group_size: int = 16
+    """Responses to each question."""
     prompt_tokens: float = 256.0
     """Mean length of a prompt, in tokens."""
     mean_response_tokens: float = 1024.0
+    """Mean length of a response, in tokens, after the cut."""
     max_response_tokens: int = 3840
     """Where a response is cut. With a prompt of 256 tokens the longest sample fills a sequence of 4096."""
     response_spread: float = 0.8
@@ -110,12 +114,15 @@ class RolloutPlan:
     gpus: int = 0
     """Split placement: the GPUs that only generate; 0 with colocated placement (all of them take turns)."""
     tp: int = 1
+    """Tensor-parallel GPUs of one engine."""
     pp: int = 1
+    """Pipeline stages of one engine."""
     ep: int = 1
     """Expert-parallel GPUs of one engine; data-parallel attention where it exceeds tp."""
     weights_dtype_bytes: float = 2
     """1 for FP8 weights."""
     kv_dtype_bytes: int = 2
+    """Of an element of the KV cache; 1 for FP8."""
     memory_fraction: float = 0.8
     """Share of a GPU's memory that weights and KV cache may take while generating."""
     max_sequences: int = 1024
@@ -139,11 +146,12 @@ class RolloutPlan:
     optimizer_steps: int = 1
     """Optimizer steps a GRPO step: its samples are divided into so many mini-batches."""
     pad_packed: bool = True
-    """Packed sequences are padded to TrainingPlan.sequence_length_tokens, so that all micro-batches have one shape; False: a
+    """Packed sequences are padded to the training sequence's length, so that all micro-batches have one shape; False: a
     micro-batch is as long as what was packed into it."""
     reward_seconds: float = 0.0
     """Time of scoring that does not run beside generation, a step."""
     train_epochs: int = 1
+    """Times that a step's samples are trained on."""
     reference: bool = True
     """A reference model's log-probs are computed (KL term)."""
     old_logprobs: bool = True

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,7 @@ def test_a_searched_row_is_planned_again_by_its_command(launcher, flags) -> None
         (("qwen3-8b", "--search", "--rollout.tp", 8, "--grpo"), "--space.rollout-tp says among which values"),
         (("qwen3-8b", "--search", "--training.micro-batch-sequences", 3), "--space.micro-batch-sequences says"),
         (("qwen3-8b", "--search", "--training.recompute-layers", 3), "leave it out"),
+        (("qwen3-8b", "--search", "--training.fsdp", "--space.fsdp", "False"), "contradict each other"),
         (("qwen3-8b", "--search", "--memory-budget-gib", 500), "h100 has 79.2 GiB"),
         (("qwen3-8b", "--search", "--space.placements", "split"), "no effect without"),
         (("qwen3-8b", "--png", "plan.jpg"), "ends in .png"),
@@ -168,6 +170,14 @@ def test_a_searched_row_is_planned_again_by_its_command(launcher, flags) -> None
 def test_usage_errors(launcher, arguments, says) -> None:
     output = launcher.run("plan.py", *arguments, code=2)
     assert says in " ".join(output.split()) and "Traceback" not in output
+
+
+def test_every_flag_is_explained_without_names_of_the_code(launcher) -> None:
+    """Nobody who reads --help knows what a class or a constant is called."""
+    lines = [line.strip("│ ").strip() for line in launcher.run("plan.py", "tiny", "--help", COLUMNS="80").splitlines()]
+    flags = [(line, below) for line, below in pairwise(lines) if line.startswith("--")]
+    assert len(flags) > 60 and not [line for line, below in flags if below.startswith("(default")]
+    assert not re.search(r"`|\(\)|[A-Z]{3,}_[A-Z]{2,}|TrainingPlan|RolloutPlan|PlannedRun|SearchSpace", "\n".join(lines))
 
 
 def test_the_model_of_a_folder(launcher) -> None:
