@@ -65,6 +65,7 @@ class Section:
         if self.table.row_count:
             yield self.table
         if self.second is not None:
+            yield Text("")
             yield self.second
         if self.below:
             yield Text(self.below)
@@ -187,9 +188,10 @@ def grpo_section(step: GrpoStep, run: PlannedRun) -> Section:
     speed = f"{step.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, prompts and responses over all GPUs\n"
     speed += f"Weight sync: {words(plan.weight_sync)}, {gib_text(received)} GiB received a generating GPU."
     if run.placement == "split":
-        ahead = f"up to {plan.steps_ahead} steps ahead" if plan.steps_ahead else "in turn with training"
-        speed += f"\nThe phases are the training GPUs'. The others generate {ahead}: {seconds_text(step.rollout.total_seconds)}"
-        speed += f", and wait {seconds_text(step.rollout_idle_seconds)}."
+        steps = "step" if plan.steps_ahead == 1 else "steps"
+        ahead = f"at most {plan.steps_ahead} {steps} ahead" if plan.steps_ahead else "before them"
+        speed += f"\nThe phases are the training GPUs'. The others generate {ahead}, for "
+        speed += f"{seconds_text(step.rollout.total_seconds)}, and wait for {seconds_text(step.rollout_idle_seconds)}."
     return Section(f"GRPO step: {seconds_text(step.step_seconds)}", phases(step.parts_seconds), speed)
 
 
@@ -212,7 +214,7 @@ def generation_section(rollout: RolloutTime, run: PlannedRun) -> Section:
     table.add_row("throughput", f"{rollout.tokens_per_second_per_gpu:,.0f} response tokens/s/GPU")
     weights, cache = gib_text(rollout_weight_bytes(run)), gib_text(rollout_kv_cache_bytes(run))
     table.add_row("memory", f"weights {weights} GiB a GPU, KV cache {cache} GiB")
-    table.add_row("engines", engines_text(run))
+    table.add_row("GPUs", engines_text(run))
     return Section(f"Generation: {seconds_text(rollout.total_seconds)}", table)
 
 
