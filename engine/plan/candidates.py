@@ -163,7 +163,8 @@ def _schedules(shape: ModelShape, space: SearchSpace, pp: int) -> Iterator[tuple
         return
     for schedule in space.schedules:
         if schedule != "interleaved":
-            if schedule != "dualpipe" or pp % 2 == 0:  # it pairs the ranks
+            unfit = {"dualpipe": pp % 2 == 1, "dualpipev": 2 * pp > shape.num_layers}  # pairs of ranks; two chunks a rank
+            if not unfit.get(schedule, False):
                 yield schedule, 1
             continue
         fewest, most = shape.num_layers // pp, -(-shape.num_layers // pp)
@@ -188,7 +189,8 @@ def _divided(run: PlannedRun, space: SearchSpace) -> Iterator[PlannedRun]:
     powers = [2**k for k in range(most.bit_length()) if sequences % 2**k == 0]
     balanced = balanced_stage_layers(run.shape, layout.pp, training.sequence_length_tokens)
     even = even_split(run.shape.num_layers, layout.pp)
-    for stage_layers in ((),) if balanced == even or min(balanced) < layout.vpp else ((), balanced):
+    chunks = 2 if layout.schedule == "dualpipev" else layout.vpp
+    for stage_layers in ((),) if balanced == even or min(balanced) < chunks else ((), balanced):
         for micro in space.micro_batch_sequences or powers or (1,):
             yield replace(run, stage_layers=stage_layers, training=replace(training, micro_batch_sequences=micro))
 

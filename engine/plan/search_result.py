@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from .check import needs
+from .check import memory_problem
 from .grpo import GrpoStep
 from .memory import memory_per_rank, worst_stage
 from .nearest import Working, nearest_that_fit
@@ -29,7 +29,7 @@ class Rejection:
     @cached_property
     def reason(self) -> str:
         """Why it fails, with the wrong numbers."""
-        return self.problem or needs(worst_stage(memory_per_rank(self.run)), self.budget_bytes)
+        return self.problem or memory_problem(self.run, self.budget_bytes).reason
 
     @cached_property
     def need_bytes(self) -> float:
@@ -86,6 +86,10 @@ class SearchResult:
 
     def ways_out(self) -> list[Working]:
         """Where nothing works: the layout nearest to fitting into memory, changed until it does, fastest first."""
+        return self._ways_out
+
+    @cached_property
+    def _ways_out(self) -> list[Working]:
         too_large = [one for one in self.rejected if not one.problem]
         return [] if self.ranked or not too_large else nearest_that_fit(_nearest(too_large).run, self.budget_bytes)
 

@@ -1,5 +1,6 @@
 """The search against the same space tried one by one, its reasons against the runs they are about, and its budget."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -271,6 +272,12 @@ def test_mistakes_are_said_once_before_anything_is_searched(gpus, training, roll
     with pytest.raises(InputError, match=named) as mistake:
         search(QWEN, gpus, training=TrainingPlan(**training), rollout=plan)
     assert len(str(mistake.value).splitlines()) == 1
+
+
+def test_too_few_gpus_are_said_to_be_so():
+    result = search(SHAPES["deepseek-v3"], 8, space=SearchSpace(tp=(8,), pp=(1,)))
+    reason = result.groups()[0].nearest.reason
+    assert result.ranked == () and re.match(r"weights, gradients and optimizer states alone fill 1\d\d GPUs, and 8 ", reason)
 
 
 def test_default_candidates_are_plausible():
