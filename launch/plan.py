@@ -1,7 +1,8 @@
 """What a run on a cluster will need and take, before any GPU is taken: memory, step time, mistakes of the layout.
 
     python launch/plan.py qwen3-30b-a3b --gpus 16 --layout.ep 16             one layout: memory, seconds, bytes, problems
-    python launch/plan.py deepseek-v3 --gpus 2048 --device h800 --search     the layouts that fit, ranked
+    python launch/plan.py deepseek-v3 --gpus 2048 --device h800 --search \\
+        --training.global-batch-sequences 15360                              the layouts that fit, ranked
     python launch/plan.py path/to/config.json --gpus 8 --grpo --json plan.json --png plan.png
 
 Nothing here needs a GPU, torch or another process; under torchrun the first rank alone plans. Exit code 0: the run works; 3: it

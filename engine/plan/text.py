@@ -80,12 +80,12 @@ def recompute_text(run: "PlannedRun") -> str:
 
 
 def engines_text(run: "PlannedRun") -> str:
-    """How a run with a rollout generates: placement, GPUs and one engine's degrees."""
+    """How a run with a rollout generates: one engine's degrees and share of memory, placement and GPUs."""
     plan = run.rollout
     degrees = {"tp": plan.tp, "pp": plan.pp, "ep": plan.ep}
     engine = " ".join(f"{axis} {degree}" for axis, degree in degrees.items() if degree > 1) or "one GPU"
     where = f"on {run.rollout_gpus} of {run.gpus} GPUs, {run.training_gpus} train" if run.placement == "split" else "colocated"
-    return f"engines of {engine}, {where}"
+    return f"engines of {engine} with {plan.memory_fraction:.3g} of the memory, {where}"
 
 
 def settings_text(run: "PlannedRun") -> str:
