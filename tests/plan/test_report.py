@@ -186,7 +186,8 @@ def test_settings_that_layouts_differ_in() -> None:
     )
     for words in (
         "micro-batch 1", "recompute layer in 2 layers a rank", "stages of 18 18 layers", "FSDP", "gradients of 2 bytes",
-        "moments of 2 bytes", "optimizer on the host", "trainer on the host while generating", "engines of tp 2 with 0.8 of the memory, colocated",
+        "moments of 2 bytes", "optimizer on the host", "trainer on the host while generating",
+        "engines of tp 2 with 0.8 of the memory, colocated",
     ):  # fmt: skip
         assert words in settings_text(run)
     assert "on 16 of 32 GPUs, 16 train" in settings_text(RUNS["split"])
