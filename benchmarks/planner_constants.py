@@ -1,6 +1,6 @@
 """The planner's constants that were fitted on published rows: which they are, and what the fitted rows ask them to be.
 
-There are few, every one is a property of the hardware or of a communication library, and all rows share them. `fit` minimises
+There are few, each is a property of the hardware or of training software, and all rows share them. `fit` minimises
 the mean squared logarithm of predicted over published step time of the fitted families, by Gauss-Newton steps on the
 constants' logarithms; it prints what it finds. The values themselves live beside the formulas that use them.
 """
@@ -75,9 +75,10 @@ FITTED: tuple[FittedConstant, ...] = (
 
 FITTED_ELSEWHERE: tuple[tuple[str, str], ...] = (
     (
-        "efficiency (curves of products and attention), collectives (start and fill)",
+        "efficiency (curves of bf16 products and attention), collectives (start and fill inside a node)",
         "kernel tables of aiconfigurator-core 0.12.0",
     ),
+    ("efficiency (FP8 products)", "cuBLASLt's peaks and 28 shapes of DeepGEMM's README"),
     ("collectives.BESIDE_COMPUTE_FRACTION", "the DualPipe trace"),
     ("memory.FRAGMENTATION", "19 peaks of MooreThreads/SimuMax"),
     ("decode.HOST_STEP_SECONDS, HOST_SEQUENCE_SECONDS; grpo.SWITCH_SECONDS, HOST_COPY_FRACTION", "NeMo-RL v0.3's phases"),

@@ -47,7 +47,10 @@ def flops_section() -> Section:
             )
             for name, model, sequence, causal, mtp, published, source in figures
         ],
-        [f"DeepSeek-V3: {total_parameters(shape) / 1e9:.2f} billion parameters, {active_parameters(shape) / 1e9:.2f} active."],
+        [
+            f"DeepSeek-V3: {total_parameters(shape) / 1e9:.2f} billion parameters (published: 671.03), "
+            f"{active_parameters(shape, embedding=False) / 1e9:.2f} active without the input embedding (its card: 37)."
+        ],
     )
 
 
@@ -116,7 +119,8 @@ def trace_section() -> Section:
     return Section(
         "DualPipe's trace",
         "deepseek-ai/profile-data train.json: H800, EP 64, TP 1, a micro-batch of 4096 tokens forward beside one backward. The "
-        "experts' products contain the casts that come before them.",
+        "experts' products contain the casts that come before them. No held-out test: collectives.BESIDE_COMPUTE_FRACTION and "
+        "the rate of attention's backward pass come from it.",
         "ms",
         [Compared(name, published, 1e3 * seconds) for name, (published, seconds) in milliseconds.items()],
     )

@@ -1,9 +1,9 @@
 """What peers publish for the planner's target questions: a workload each, and their layouts for it as `PlannedRun`s.
 
-A mapping is a peer's layout, division of layers, recomputation, offload and generation engines, put on the target's workload
-(model, GPUs, batch, lengths, precision, dispatcher), so that a search answers the same question. What a peer does not say, and
-lengths that nobody publishes, are assumed as `assumed` tells. Workloads come from the published rows of planner_rows and
-planner_rl_rows where there are any.
+A mapping is a peer's layout, division of layers, recomputation, FSDP, type of gradients, offload and generation engines, put
+on the target's workload (model, GPUs, batch, lengths, precision, dispatcher), so that a search answers the same question.
+What a peer does not say, and lengths that nobody publishes, are assumed as `assumed` tells. Workloads come from the published
+rows of planner_rows and planner_rl_rows where there are any.
 """
 
 from dataclasses import dataclass, field, replace
@@ -101,14 +101,17 @@ def qwen_235b_training_256() -> Target:
     zoo = [row for row in ROWS if row.family == "zoo qwen3-235b"]
     mappings = []
     for row in zoo:
+        if row.run is work:
+            continue  # the same layout as "DeepEP 32", and overlap is the workload's
         layout, training = replace(row.run.layout, dp=0), row.run.training
         settings = ("micro_batch_sequences", "recompute", "fsdp", "gradient_dtype_bytes")
         own = {setting: getattr(training, setting) for setting in settings}
-        mappings.append(
-            Mapping(row.name.rsplit(", 256 GPUs, ")[1], mapped(work, layout, row.run.stage_layers, **own), row.source)
-        )
+        peer = row.name.rsplit(", 256 GPUs, ")[1].replace("DeepEP", "EP").replace("all-to-all", "EP")
+        mappings.append(Mapping(peer, mapped(work, layout, row.run.stage_layers, **own), row.source))
     space = SearchSpace(fsdp=(False, True), gradient_dtype_bytes=(2, 4))
-    assumed = "dispatch (DeepEP), overlap and batch (2,048) of the ModelZoo's best run for all"
+    assumed = (
+        "dispatch (DeepEP), overlap and batch (2,048) of the ModelZoo's best run for all; bf16 gradients allowed, as FSDP has"
+    )
     return Target("Qwen3-235B-A22B training, 256 H100", work, tuple(mappings), assumed, space)
 
 

@@ -1,8 +1,9 @@
 """Published RL runs as `PlannedRun`s: what `benchmarks/planner.py` compares GRPO steps with. Sources and assumptions by row.
 
 Rows of one publisher and model are a family, in the order of publication and, on one page, of its table. Fitted families were
-chosen by the rule of `planner_rows`: every second one, beginning with the second. Constants of engine.plan.decode, grpo and
-weight_sync that say "fitted" saw those alone; but that one step ahead drains its engines (RolloutPlan.continuous) was
+chosen by the rule of `planner_rows`: every second one, beginning with the second. Constants of engine.plan.decode and
+grpo that say "fitted" saw those alone, those of weight_sync published seconds of weight synchronisation, of held-out models
+too; and that one step ahead drains its engines (RolloutPlan.continuous) was
 understood on held-out rows, DeepSeek-V3's. Not here: NeMo-RL's DAPO row (its two published step times, 458 and 974 s, differ
 and dynamic sampling generates an unknown number of batches).
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from planner_peer_mappings import TARGETS, Target
 
 from strop.engine.config import GIB
-from strop.engine.plan.check import check, predict
+from strop.engine.plan.check import check
 from strop.engine.plan.devices import device_named
 from strop.engine.plan.memory import memory_per_rank, worst_stage
+from strop.engine.plan.nearest import predict
 from strop.engine.plan.run import PlannedRun
 from strop.engine.plan.search import SearchResult, search
 from strop.engine.plan.text import layout_text, settings_text

@@ -40,7 +40,7 @@ class Layout:
     cp_kind: ContextParallelKind = "ring"
     """How context-parallel ranks exchange keys and values: ring (send/recv) or ulysses (all-to-all over heads)."""
     pp: int = 1
-    """Pipeline stages: consecutive layers on consecutive ranks."""
+    """Pipeline ranks: each holds some of the layers, and micro-batches go from one to the next."""
     vpp: int = 1
     """Model chunks a pipeline rank (interleaved schedules); 1 is one contiguous range of layers."""
     schedule: PipelineSchedule = "1f1b"

@@ -22,8 +22,8 @@ class _PlanOrConfig(Generic[Config]):
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     plan: Annotated[str | None, tyro.conf.arg(metavar="DEVICE[xGPUS]")] = None
-    """Print what this run would need and take on so many such GPUs, and stop: h100x8, h200x16, ... (launch/plan.py --help lists
-    them). Without a number: on as many as there are processes."""
+    """Print what this run would need and take on so many such GPUs, and stop: h100x8, h200x16, ... (launch/plan.py tiny
+    --help lists them). Without a number: on as many as there are processes."""
 
 
 def parse(

@@ -15,7 +15,7 @@ from strop.engine.plan.grpo import GrpoStep
 from strop.engine.plan.memory import PARTS, Phase
 from strop.engine.plan.report import Prediction
 from strop.engine.plan.rollout import RolloutTime, rollout_time
-from strop.engine.plan.rollout_memory import rollout_kv_cache_bytes, rollout_weight_bytes
+from strop.engine.plan.rollout_memory import generating_weight_bytes, rollout_kv_cache_bytes
 from strop.engine.plan.run import PlannedRun
 from strop.engine.plan.text import (
     engines_text,
@@ -212,7 +212,7 @@ def generation_section(rollout: RolloutTime, run: PlannedRun) -> Section:
     if rollout.tail_seconds:
         table.add_row("the tail", f"{seconds_text(rollout.tail_seconds)} with at most a tenth of the sequences left")
     table.add_row("throughput", f"{rollout.tokens_per_second_per_gpu:,.0f} response tokens/s/GPU")
-    weights, cache = gib_text(rollout_weight_bytes(run)), gib_text(rollout_kv_cache_bytes(run))
+    weights, cache = gib_text(generating_weight_bytes(run)), gib_text(rollout_kv_cache_bytes(run))
     table.add_row("memory", f"weights {weights} GiB a GPU, KV cache {cache} GiB")
     table.add_row("GPUs", engines_text(run))
     return Section(f"Generation: {seconds_text(rollout.total_seconds)}", table)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from strop.engine.config import GIB, InputError, Layout
-from strop.engine.plan.check import check
+from strop.engine.plan.check import check, memory_problem
 from strop.engine.plan.devices import device_named
 from strop.engine.plan.models import SHAPES
 from strop.engine.plan.packing import with_batch
@@ -54,7 +54,8 @@ def shape_at(path: Path) -> ModelShape:
 
 
 def shape_of_model(model: str) -> ModelShape:
-    """The shape of what --model of a launch file names: tiny, smollm2 or a folder. No weights are made or read."""
+    """The shape of what --model of a launch file names: tiny, a name of SHAPES, a folder or its config.json. No weights are
+    made or read."""
     if model == "tiny":
         from strop.engine.model.tiny import TINY_CONFIG
 
@@ -138,7 +139,7 @@ def assumptions(run: PlannedRun) -> list[str]:
         f"The data is not read: prompts of {rollout.prompt_tokens:,.0f} tokens and responses of "
         f"{rollout.mean_response_tokens:,.0f} on average ({ASSUMED_RESPONSE_SHARE:.0%} of their limit) are assumed. "
         "launch/plan.py takes other lengths.",
-        "Not counted: loading, evaluations and checkpoints.",
+        "Not counted: loading; of training also evaluations and checkpoints.",
     ]
     try:
         replace(run.layout, dp=0).require_implemented()
@@ -178,6 +179,8 @@ def plan_evaluation(config: "EvaluateConfig", gpus: int, device: str) -> int:
     """--plan of launch/evaluate.py; returns the exit code."""
     run, console = evaluation_run(config, gpus, device), make_console()
     found = problems(run)
+    if not found and not holds_a_sequence(run):
+        found = [memory_problem(run, device_named(run.device).hbm_bytes)]
     if found:
         show_problems([as_plan_flag(problem, device) for problem in found], console)
     else:

@@ -6,14 +6,12 @@ from dataclasses import replace
 from ..config import GIB, Layout
 from .devices import device_named
 from .memory import StageMemory, colocated_rollout_memory, memory_per_rank, training_memory, worst_stage
-from .nearest import least_memory_fraction, nearest_that_fit, predict, works
+from .nearest import least_memory_fraction, nearest_that_fit, works
 from .problem import Problem
 from .rollout_memory import cache_shortage, holds_a_sequence
 from .run import PlannedRun
 from .states import rank_state_bytes
 from .validation import problems
-
-__all__ = ["check", "fewest_gpus", "memory_problem", "needs", "predict", "works"]
 
 SMALLEST_PART_BYTES = 0.05 * GIB
 """What a message mentions."""

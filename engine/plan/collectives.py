@@ -40,6 +40,7 @@ SWITCH_FRACTION = 1.13
 """Bus bandwidth of an all-reduce of a whole node that the switch sums (NVLS), over that of NVLink: each GPU sends and receives
 its tensor once, but nccl-tests counts 2 (n - 1) / n of it."""
 SWITCH_FILL_SECONDS = 7.6e-6
+"""Of filling that all-reduce."""
 NETWORK_FRACTION = 0.93
 """Achieved of a network card: 46-48 of 50 GB/s (nccl-tests issues #272, #290)."""
 
@@ -59,6 +60,7 @@ LOW_LATENCY_START_SECONDS = 12.5e-6
 LOW_LATENCY_NETWORK_START_SECONDS = 37e-6
 """DeepEP's low-latency kernels, inside a node (wideep_deepep_ll of the tables above) and between nodes (docs/legacy.md)."""
 LOW_LATENCY_NVLINK_FRACTION = 0.5
+"""Of NVLink in the low-latency kernels inside a node; assumed, below the normal kernels' share."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,8 @@ def expert_exchange_seconds(
 
     alltoall: NCCL moves every one of the top_k copies. deepep, hybridep: a token goes to each distinct node once, by network,
     and there to each distinct GPU by NVLink (DeepSeek-V3, arXiv 2412.19437, section 3.2.2). Neither contains the sorting of
-    tokens by expert, nor the host's wait for their counts. `dtype_bytes` of FP8 is 1.03 with a scale every 128 elements.
+    tokens by expert, nor the host's wait for their counts. Callers leave out FP8's
+    scales (4 bytes every 128 elements, 3% more).
     On the way back copies are summed where the dispatch multiplied them, so it takes as long as one of the same bytes (2 an
     element or more: the sums need it).
     """

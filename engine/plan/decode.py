@@ -40,7 +40,8 @@ CACHE_LAYER_SECONDS = 15e-6
 """... what a layer's attention takes beside (aiconfigurator-core 0.12.0, systems/data/h100_sxm, generation_attention of vLLM
 0.24: 13 us with nothing to read, 2.6-3.1 of 3.35 TB/s from 100 MB on)."""
 CACHE_FLOPS_FRACTION = 0.6
-"""Achieved of the bf16 peak by decode attention where many heads share one latent key (FlashMLA: 660 of 989 TFLOPS)."""
+"""Achieved of the bf16 peak by the scores and values of decode attention and of prompts (FlashMLA, where many heads
+share one latent key: 660 of 989 TFLOPS)."""
 ELEMENTWISE_PASSES = 12
 """Times that a layer's element-wise kernels read or write the hidden states: norms with residual, rotation, gate, sums."""
 GRAPH_KERNEL_SECONDS = 2e-6
@@ -185,7 +186,7 @@ class GenerationEngine:
                 )
             if plan.ep > tp:  # a rank of a replica sends the replica's tokens that are its own
                 arguments = (hidden, moe, plan.ep, min(plan.ep, device.gpus_per_node))
-                wire = 2 if precision == "bf16" else 1
+                wire = 1 if precision == "fp8-blockwise" else 2
                 for dtype_bytes in (wire, 2):  # there and back
                     many = expert_exchange_seconds(device, rows / tp, *arguments, dtype_bytes, "deepep")
                     few = low_latency_seconds(device, rows / tp, *arguments, dtype_bytes)

@@ -90,6 +90,7 @@ ATTENTION_BACKWARD_FRACTION = 0.82
 """Rate of the backward pass over the forward one's: 455 / 556 in the DualPipe trace (deepseek-ai/profile-data), 0.79-0.85 on
 B200 (flash-attention pull request #2280)."""
 QUERY_TILE = 128
+"""Rows of queries that one multiprocessor works on (FlashAttention 2 and 3)."""
 
 
 def peak_flops_per_second(device: DeviceFacts, precision: Precision) -> float:

@@ -17,6 +17,7 @@ from .run import PlannedRun, RolloutPlan
 from .weight_sync import weight_sync_time
 
 LARGEST_ROLLOUT_ENGINE_GPUS = 64
+"""Of one engine in a search: the largest that the published rollouts have (expert parallelism of slime and verl)."""
 MEMORY_FRACTION_STEP, LEAST_MEMORY_FRACTION = 0.1, 0.2
 """Colocated engines get what rollout.memory_fraction says, or so much less."""
 

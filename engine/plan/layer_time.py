@@ -237,9 +237,10 @@ def _latent_attention(work: Work, layer: int) -> list[Operation]:
 def _core_attention(work: Work, layer: int, head_dim: int) -> Operation:
     sequence = work.run.training.attention_length_tokens
     flops = work.tokens / work.run.layout.tp * attention_core_flops_per_token(work.run.shape, layer, sequence)
+    slower = work.run.training.attention_kernel == "flash2" and work.device.architecture != "ampere"  # whose curve is of it
     forward, backward = (
         attention_seconds(work.device, flops, backward, head_dim, sequence, work.unquantized)
-        * (FLASH2_SECONDS[backward] if work.run.training.attention_kernel == "flash2" else 1.0)
+        * (FLASH2_SECONDS[backward] if slower else 1.0)
         for backward in (False, True)
     )
     return Operation("core_attention", forward, backward, 0.0, 2, 4, ("core_attention",), 0.0)

@@ -21,8 +21,6 @@ from .validation import problems
 
 NEAREST = 4
 """Ways that are named, fastest first."""
-MOST_CHANGES = 4
-"""Of settings at once, where fewer aren't enough."""
 WIDTH = (1000, 12, 6)
 """Of what doesn't fit yet with one, two, three settings changed: how many get another change, those nearest to fitting first.
 After one change that is everything that helps, so that no pair is missed."""
@@ -31,6 +29,7 @@ MOST_PREDICTED = 100
 SMALLEST_CHANGE_BYTES = 1e6
 """Of what a rank needs: what changes less doesn't help."""
 MEMORY_FRACTIONS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+"""Of rollout.memory_fraction that are tried, beside the least that works."""
 Change = tuple[str, str, PlannedRun]
 """The path of a setting, the flags to type, and the run with them."""
 
@@ -73,7 +72,7 @@ def predict(run: PlannedRun) -> StepTime | GrpoStep:
 
 def nearest_that_fit(run: PlannedRun, budget_bytes: float) -> list[Working]:
     """Ways to make the run work with the fewest settings changed, fastest first, one for each set of settings; [] where
-    MOST_CHANGES aren't enough. The work of a step stays the same."""
+    len(WIDTH) + 1 of them aren't enough. The work of a step stays the same."""
     attempts = [_Attempt(frozenset(), (), run, _shortage_bytes(run, budget_bytes))]
     for width in (1, *WIDTH):
         following: dict[frozenset[str], _Attempt] = {}
@@ -94,7 +93,8 @@ def nearest_that_fit(run: PlannedRun, budget_bytes: float) -> list[Working]:
 
 
 def _fastest(fitting: list[_Attempt]) -> list[Working]:
-    """The fastest for each set of settings, as many as are named. Prediction stops where nothing faster can come."""
+    """The fastest for each set of settings, as many as are named. Prediction stops where nothing faster can come, or after
+    MOST_PREDICTED."""
     bounds = Bounds(fitting[0].run.shape)
     best: dict[frozenset[str], Working] = {}
     queue = sorted(((_at_least_seconds(bounds, one.run), place, one) for place, one in enumerate(fitting)))

@@ -17,7 +17,7 @@ from .facts import (
 )
 from .grpo import GrpoStep, WholeRun, grpo_step, optimizer_step_run, whole_run
 from .memory import Phase, StageMemory, colocated_rollout_memory, training_memory, worst_stage
-from .rollout_memory import rollout_kv_cache_bytes, rollout_weight_bytes
+from .rollout_memory import generating_weight_bytes, rollout_kv_cache_bytes
 from .run import PlannedRun
 from .text import gib_text
 from .training import StepTime, train_step
@@ -125,7 +125,7 @@ class Prediction:
             is_worst = any(one is self.worst for one in stages)
             found.append(MemoryRow(label, fullest.phase, fullest.parts_bytes, fullest.total_bytes, is_worst))
         if self.run.rollout is not None and self.run.placement == "split":
-            parts_bytes = {"rollout_weights": rollout_weight_bytes(self.run), "kv_cache": rollout_kv_cache_bytes(self.run)}
+            parts_bytes = {"rollout_weights": generating_weight_bytes(self.run), "kv_cache": rollout_kv_cache_bytes(self.run)}
             found.append(MemoryRow("engines", "rollout", parts_bytes, sum(parts_bytes.values()), False))
         return found
 
@@ -167,7 +167,7 @@ class Prediction:
             "generating_gpu": None
             if run.rollout is None
             else {
-                "weights_bytes": rollout_weight_bytes(run),
+                "weights_bytes": generating_weight_bytes(run),
                 "kv_cache_bytes": rollout_kv_cache_bytes(run),
             },
             "grpo_step": None if self.grpo is None else grpo_as_dict(self.grpo),

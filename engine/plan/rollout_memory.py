@@ -28,14 +28,17 @@ def rollout_weight_bytes(run: PlannedRun) -> float:
     return held / rollout.pp * rollout.weights_dtype_bytes
 
 
+def generating_weight_bytes(run: PlannedRun) -> float:
+    """Weights that a GPU generates with: the trainer's own on its fullest pipeline rank (alias), or the engine's copy."""
+    if run.rollout.weight_sync == "alias" and run.placement == "colocated":
+        return max(rank_state_bytes(run, stage).weights for stage in run.stages())
+    return rollout_weight_bytes(run)
+
+
 def rollout_kv_cache_bytes(run: PlannedRun) -> float:
     """What one generating GPU has for its KV cache; 0 where the weights leave nothing of memory_fraction. What the engine
     computes with is left out: a few GB at most, that a real engine takes off this."""
-    if run.rollout.weight_sync == "alias" and run.placement == "colocated":
-        weights = max(rank_state_bytes(run, stage).weights for stage in run.stages())
-    else:
-        weights = rollout_weight_bytes(run)
-    return max(_share_bytes(run) - weights, 0.0)
+    return max(_share_bytes(run) - generating_weight_bytes(run), 0.0)
 
 
 def cache_bytes_per_token(run: PlannedRun) -> float:
@@ -62,7 +65,7 @@ def cache_shortage(run: PlannedRun) -> str:
     """What a message says of a KV cache that doesn't hold one sequence."""
     need = float(sequence_cache_bytes(run, _longest_tokens(run)))
     return (
-        f"weights of {rollout_weight_bytes(run) / GIB:.1f} GiB a GPU leave {rollout_kv_cache_bytes(run) / GIB:.1f} of the "
+        f"weights of {generating_weight_bytes(run) / GIB:.1f} GiB a GPU leave {rollout_kv_cache_bytes(run) / GIB:.1f} of the "
         f"{_share_bytes(run) / GIB:.1f} GiB that rollout.memory_fraction gives, and a sequence of {_longest_tokens(run):,.0f} "
         f"tokens takes {need / GIB:.2f} GiB of KV cache: use more rollout tp, pp or ep"
     )

@@ -28,8 +28,7 @@ class TrainingPlan:
     packed_length_tokens: int = 0
     """Of the sequences packed into one, the length that a mean token's has: attention sees no farther. 0: one fills it."""
     global_batch_sequences: int = 256
-    """Sequences an optimizer step, over all data-parallel replicas. With a rollout it follows from the samples,
-    whatever is given (engine/plan/packing.py)."""
+    """Sequences an optimizer step, over all data-parallel replicas. With a rollout it follows from the samples."""
     micro_batch_sequences: int = 1
     """Sequences a forward pass of one replica."""
     precision: TrainingPrecision = "bf16"

@@ -15,7 +15,6 @@ from itertools import count
 from ..config import InputError
 from .bounds import Bounds
 from .candidates import SearchSpace, layouts, least_work, memory_settings, recompute_choices
-from .check import check
 from .devices import device_named
 from .engine_choices import Engines, beside, engine_groups, shares_weights
 from .grpo import GrpoStep, optimizer_step_run
@@ -27,8 +26,6 @@ from .search_result import Rejection, SearchResult
 from .shape import ModelShape
 from .training import StepTime
 from .validation import problems, settings_problems
-
-__all__ = ["Rejection", "SearchResult", "SearchSpace", "check", "search"]
 
 RANKED = 10
 MEMORY_RESERVE = 0.03

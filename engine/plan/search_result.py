@@ -1,6 +1,5 @@
 """What a search found: layouts in order, and for each reason why others failed the one nearest to working."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -40,9 +39,6 @@ class Rejection:
     def layout(self) -> str:
         """Of its run, in words."""
         return f"{layout_text(self.run)}; {settings_text(self.run)}"
-
-    def __iter__(self) -> Iterator:
-        return iter((self.run, self.reason))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Who computes what when: the order of work of each pipeline rank, and the event simulation of it.
 
-`schedules` has the closed forms that a search evaluates thousands of times; they are tested against this file, and a step's
-timeline is drawn from it.
+`schedules` compiles these orders once and runs them fast for a search; it is tested against `simulate`, and the timeline of a
+picture is drawn from here.
 """
 
 from collections.abc import Callable, Sequence

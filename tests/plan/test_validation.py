@@ -304,7 +304,9 @@ def test_proposals_do_fit(model, gpus, degrees, schedule, cp_kind, sizes, rollou
     else:
         made = PlannedRun.of(run.shape, gpus, layout=layout, training=training, rollout=rollout, placement=placement)
         assert problems(made) == []
-        assert made.microbatches * made.layout.dp * training.micro_batch_sequences == training.global_batch_sequences
+        batch = made.training.global_batch_sequences  # with a rollout what its samples are packed into
+        assert made.microbatches * made.layout.dp * training.micro_batch_sequences == batch
+        assert rollout is not None or batch == training.global_batch_sequences
         assert made.edp * ep * etp == made.layout.dp * cp * tp
 
 
