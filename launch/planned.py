@@ -166,7 +166,7 @@ def plan_grpo(config: "GrpoConfig", gpus: int, device: str) -> int:
     """--plan of launch/grpo.py; returns the exit code."""
     run, console = grpo_run(config, gpus, device), make_console()
     prediction, found = predict(run)
-    shown = [as_plan_flag(problem, device) for problem in found]
+    shown = [as_plan_flag(problem, device, config.rollout.kv_cache_gib) for problem in found]
     if prediction is None:
         show_problems(shown, console)
     else:
@@ -182,7 +182,7 @@ def plan_evaluation(config: "EvaluateConfig", gpus: int, device: str) -> int:
     if not found and not holds_a_sequence(run):
         found = [memory_problem(run, device_named(run.device).hbm_bytes)]
     if found:
-        show_problems([as_plan_flag(problem, device) for problem in found], console)
+        show_problems([as_plan_flag(problem, device, config.rollout.kv_cache_gib) for problem in found], console)
     else:
         show_generation(run, console)
     notes = [] if config.eval.questions else [QUESTIONS_NOTE]
@@ -190,8 +190,11 @@ def plan_evaluation(config: "EvaluateConfig", gpus: int, device: str) -> int:
     return PROBLEMS_EXIT_CODE if found else 0
 
 
-def as_plan_flag(problem: Problem, device: str) -> Problem:
-    """The problem as a launch file with --plan has it, where the number of GPUs is part of that flag."""
+def as_plan_flag(problem: Problem, device: str, kv_cache_gib: float) -> Problem:
+    """The problem as a launch file with --plan has it: the number of GPUs is part of that flag, and the engine's memory is
+    given as that of its KV cache."""
+    if problem.setting == "rollout.memory_fraction":
+        return Problem("rollout.kv_cache_gib", kv_cache_gib, problem.reason)
     if problem.setting != "gpus":
         return problem
     return Problem("plan", f"{device}x{problem.value}", problem.reason, tuple(f"{device}x{gpus}" for gpus in problem.nearest))

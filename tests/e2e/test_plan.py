@@ -218,6 +218,8 @@ def test_a_run_on_more_gpus_than_there_are_here(launcher) -> None:
 def test_plan_of_an_evaluation(launcher) -> None:
     output = launcher.run("evaluate.py", "smollm2", "--plan", "h200", "--model", "tiny")
     assert output.startswith("tiny on 1 x h200") and "Generation" in output
+    output = launcher.run("evaluate.py", "smollm2", "--plan", "h200", "--rollout.kv-cache-gib", 0.001, code=PROBLEMS)
+    assert output.startswith("problem: --rollout.kv-cache-gib 0.001: ") and "Generation" not in output
 
 
 @pytest.mark.parametrize("name", ["tiny", "smollm2"])

@@ -23,7 +23,12 @@ from strop.engine.plan.memory import (
     worst_stage,
 )
 from strop.engine.plan.models import SHAPES
-from strop.engine.plan.rollout_memory import rollout_kv_cache_bytes, rollout_weight_bytes, sequence_cache_bytes
+from strop.engine.plan.rollout_memory import (
+    generating_weight_bytes,
+    rollout_kv_cache_bytes,
+    rollout_weight_bytes,
+    sequence_cache_bytes,
+)
 from strop.engine.plan.run import PlannedRun, RolloutPlan, TrainingPlan
 from strop.engine.plan.shape import ModelShape
 from strop.engine.plan.states import layer_rank_parameters, rank_parameters, rank_state_bytes, state_bytes_per_parameter
@@ -199,6 +204,7 @@ def test_phases_of_a_colocated_run():
     shared = colocated_rollout_memory(alias)[0]
     assert shared.parts_bytes["rollout_weights"] == 0 and shared.parts_bytes["weights"] == trained.parts_bytes["weights"]
     assert shared.parts_bytes["kv_cache"] == pytest.approx(0.5 * capacity - trained.parts_bytes["weights"])
+    assert generating_weight_bytes(alias) == trained.parts_bytes["weights"]
 
 
 def test_memory_counts_the_micro_batches_that_samples_are_packed_into():

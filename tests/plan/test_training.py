@@ -286,6 +286,15 @@ def test_deepseek_v3_on_2048_h800_is_near_its_published_step():
     assert train_step(run).step_seconds == pytest.approx(19.926, rel=0.2)
 
 
+def test_flash_attention_2_is_slower_than_3_where_there_is_a_3():
+    """The curve of an A100 is FlashAttention 2's own."""
+    for device, slower in (("h100", True), ("a100", False)):
+        second, third = (
+            train_step(planned(DENSE, 8, device, layout=Layout(), attention_kernel=kernel)) for kernel in ("flash2", "flash3")
+        )
+        assert (second.step_seconds > third.step_seconds) is slower
+
+
 def test_fp8_on_a_device_without_it_is_an_input_error():
     with pytest.raises(InputError, match="a100 has no FP8 tensor cores"):
         train_step(replace(planned(precision="fp8-blockwise"), device="a100"))
