@@ -28,6 +28,13 @@ from strop.engine.plan.training import train_step
 
 RESULTS = Path(__file__).parent / "results"
 MEDIAN_TARGET, WORST_TARGET, MEMORY_TARGET = 0.15, 0.30, 0.10
+PHASES = {
+    "rollout": ("prefill", "decode", "tail"),
+    "logprobs": ("old_logprobs", "reference_logprobs"),
+    "training": ("training",),
+    "weight_sync": ("weight_sync", "switch", "offload"),
+}
+"""A GRPO step's phases as trainers publish them, by GrpoStep.parts_seconds."""
 FITTED_KIND, HELD_OUT_KIND = "fitted", "held out"
 
 
@@ -112,6 +119,23 @@ def rl_section() -> Section:
     return Section("GRPO steps", text, "s a step", figures, [_within(figures, WORST_TARGET) + "."])
 
 
+def rl_phases_section() -> Section:
+    """Seconds of a GRPO step's phases, where they are published."""
+    figures = []
+    for row in RL_ROWS:
+        parts_seconds = grpo_step(row.run).parts_seconds
+        for phase, published in row.published_phase_seconds.items():
+            predicted = sum(parts_seconds.get(part, 0.0) for part in PHASES[phase])
+            kind = FITTED_KIND if row.fitted else HELD_OUT_KIND
+            figures.append(Compared(f"{row.family}: {row.name}, {phase}", published, predicted, kind=kind, source=row.source))
+    text = (
+        "Of the rows above whose sources give them, to show where steps are right by errors that cancel. Log-probs: old and "
+        "reference policy; weight_sync: all that lies between training and generation. What trainers count into a phase "
+        "differs, so there is no target. Response lengths are assumed as above."
+    )
+    return Section("GRPO steps in phases", text, "s", figures)
+
+
 def _within(figures: list[Compared], target: float) -> str:
     return f"Within {target:.0%}: {sum(not figure.missed for figure in figures)} of {len(figures)}"
 
@@ -125,6 +149,7 @@ def all_sections() -> dict[str, Section]:
         "dualpipe_trace": trace_section(),
         "moe_layer": moe_layer_section(),
         "rl": rl_section(),
+        "rl_phases": rl_phases_section(),
         "flops": flops_section(),
     }
 

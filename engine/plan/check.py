@@ -5,8 +5,8 @@ from dataclasses import replace
 
 from ..config import GIB, Layout
 from .devices import device_named
-from .memory import StageMemory, colocated_rollout_memory, memory_per_rank, training_memory, worst_stage
-from .nearest import least_memory_fraction, nearest_that_fit, works
+from .memory import StageMemory, colocated_rollout_memory, fits, memory_per_rank, training_memory, worst_stage
+from .nearest import least_memory_fraction, nearest_that_fit
 from .problem import Problem
 from .rollout_memory import cache_shortage, holds_a_sequence
 from .run import PlannedRun
@@ -26,7 +26,7 @@ def check(run: PlannedRun) -> list[Problem]:
     if found:
         return found
     budget_bytes = device_named(run.device).hbm_bytes
-    if not works(run, budget_bytes):
+    if not fits(run, budget_bytes):
         nearest = tuple(map(str, nearest_that_fit(run, budget_bytes)))
         found.append(replace(memory_problem(run, budget_bytes), nearest=nearest))
     return found

@@ -80,20 +80,16 @@ def worst_stage(memories: tuple[StageMemory, ...]) -> StageMemory:
     return max(memories, key=lambda memory: memory.total_bytes)
 
 
-def device_capacity_bytes(run: PlannedRun) -> float:
-    """Memory of the run's device as its driver reports it. Raises InputError for an unknown device."""
-    return device_named(run.device).hbm_bytes
+def fits(run: PlannedRun, budget_bytes: float | None = None) -> bool:
+    """Whether every rank fits into budget_bytes in both phases, and with split placement the generating GPUs too.
 
-
-def fits(run: PlannedRun) -> bool:
-    """Whether every rank fits its device in both phases, and with split placement the generating GPUs too.
-
-    A rollout engine fits where its KV cache holds the longest sequence.
+    A rollout engine fits where its KV cache holds the longest sequence. budget_bytes unset: all memory of the run's device.
+    Raises InputError for an unknown device.
     """
-    capacity = device_capacity_bytes(run)
-    if any(memory.total_bytes > capacity for memory in memory_per_rank(run)):
+    if run.rollout is not None and not holds_a_sequence(run):
         return False
-    return run.rollout is None or holds_a_sequence(run)
+    most_bytes = device_named(run.device).hbm_bytes if budget_bytes is None else budget_bytes
+    return worst_stage(memory_per_rank(run)).total_bytes <= most_bytes
 
 
 def training_memory(run: PlannedRun) -> tuple[StageMemory, ...]:

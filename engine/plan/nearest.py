@@ -10,9 +10,9 @@ from .bounds import Bounds
 from .candidates import RECOMPUTE_CHOICES, SHORTEST_CONTEXT_TOKENS, SearchSpace, divisors, recompute_choices
 from .devices import device_named
 from .grpo import GrpoStep, grpo_step, optimizer_step_run
-from .memory import colocated_rollout_memory, memory_per_rank, training_memory, worst_stage
+from .memory import colocated_rollout_memory, fits, memory_per_rank, training_memory, worst_stage
 from .packing import with_batch
-from .rollout_memory import holds_a_sequence, rollout_kv_cache_bytes, rollout_weight_bytes, sequence_cache_bytes
+from .rollout_memory import rollout_kv_cache_bytes, rollout_weight_bytes, sequence_cache_bytes
 from .run import PlannedRun
 from .stages import even_split
 from .text import flag_text, seconds_text
@@ -58,13 +58,6 @@ class _Attempt:
     shortage_bytes: float
 
 
-def works(run: PlannedRun, budget_bytes: float) -> bool:
-    """Whether a run without other problems fits into this much memory a GPU, its rollout engines too."""
-    if run.rollout is not None and not holds_a_sequence(run):
-        return False
-    return worst_stage(memory_per_rank(run)).total_bytes <= budget_bytes
-
-
 def predict(run: PlannedRun) -> StepTime | GrpoStep:
     """A step of the run: of training, or with a rollout of GRPO."""
     return train_step(run) if run.rollout is None else grpo_step(run)
@@ -82,7 +75,7 @@ def nearest_that_fit(run: PlannedRun, budget_bytes: float) -> list[Working]:
                 if setting not in attempt.settings and frozenset(flags) not in following:
                     shortage = _shortage_bytes(changed, budget_bytes)
                     following[frozenset(flags)] = _Attempt(attempt.settings | {setting}, flags, changed, shortage)
-        fitting = [one for one in following.values() if works(one.run, budget_bytes)]
+        fitting = [one for one in following.values() if fits(one.run, budget_bytes)]
         if fitting:
             return _fastest(fitting)
         most = attempts[0].shortage_bytes if len(attempts) == 1 else max(one.shortage_bytes for one in attempts)

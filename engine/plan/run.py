@@ -14,7 +14,6 @@ TrainingPrecision = Literal["fp32", "bf16", "fp8-tensorwise", "fp8-blockwise"]
 RecomputePart = Literal[
     "norms", "activation", "mla_up_projection", "core_attention", "dense_mlp", "experts", "every_second_product", "layer"
 ]
-SELECTIVE: tuple[RecomputePart, ...] = ("norms", "activation", "mla_up_projection")
 Dispatcher = Literal["alltoall", "deepep", "hybridep"]
 WeightSync = Literal["alias", "local_copy", "reshard", "broadcast", "stream"]
 

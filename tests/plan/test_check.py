@@ -8,10 +8,10 @@ from functools import cache
 import pytest
 
 from strop.engine.config import Layout
-from strop.engine.plan.check import check, fewest_gpus, memory_problem, works
+from strop.engine.plan.check import check, fewest_gpus, memory_problem
 from strop.engine.plan.devices import DEVICES
 from strop.engine.plan.facts import total_parameters
-from strop.engine.plan.memory import memory_per_rank, worst_stage
+from strop.engine.plan.memory import fits, memory_per_rank, worst_stage
 from strop.engine.plan.models import SHAPES
 from strop.engine.plan.nearest import Working, least_memory_fraction, nearest_that_fit, predict
 from strop.engine.plan.run import PlannedRun, RolloutPlan, TrainingPlan
@@ -67,7 +67,7 @@ def ways_of(name: str) -> list[Working]:
 @pytest.mark.parametrize("name", RUNS)
 def test_every_way_that_is_named_is_true_when_planned_again(name):
     run, ways = RUNS[name], ways_of(name)
-    assert not works(run, HBM_BYTES)
+    assert not fits(run, HBM_BYTES)
     assert ways and [way.seconds for way in ways] == sorted(way.seconds for way in ways)
     for way in ways:
         again = planned_again(run, " ".join(way.flags))
@@ -82,7 +82,7 @@ def test_pairs_of_changes_are_all_looked_at():
     ways = ways_of("GRPO")
     assert all(len(way.flags) == 2 for way in ways)
     known = planned_again(RUNS["GRPO"], "--training.fsdp --rollout.offload-training")
-    assert works(known, HBM_BYTES) and ways[0].seconds <= predict(known).step_seconds
+    assert fits(known, HBM_BYTES) and ways[0].seconds <= predict(known).step_seconds
 
 
 def test_short_sequences_are_not_divided():
@@ -101,9 +101,9 @@ def test_a_share_of_memory_that_is_too_small_is_blamed_itself():
     run = RUNS["GRPO with too small a share"]
     assert memory_problem(run, HBM_BYTES).setting == "rollout.memory_fraction"
     least = least_memory_fraction(run)
-    for fraction, fits in ((least + 1e-3, True), (least - 1e-3, False)):
+    for fraction, enough in ((least + 1e-3, True), (least - 1e-3, False)):
         one = replace(run, rollout=replace(run.rollout, memory_fraction=fraction, offload_training=True, reference=False))
-        assert works(replace(one, training=replace(one.training, fsdp=True)), HBM_BYTES) == fits
+        assert fits(replace(one, training=replace(one.training, fsdp=True)), HBM_BYTES) == enough
 
 
 def test_fewest_gpus_is_what_all_states_fill():

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from strop.engine.config import InputError, Layout
 from strop.engine.plan.activations import kept_bytes
+from strop.engine.plan.devices import device_named
 from strop.engine.plan.facts import parameters, total_parameters
 from strop.engine.plan.memory import (
     PARTS,
     StageMemory,
     colocated_rollout_memory,
-    device_capacity_bytes,
     fits,
     memory_per_rank,
     training_memory,
@@ -157,7 +157,7 @@ FP8_NVIDIA = {**NVIDIA, "precision": "fp8-tensorwise", "weights_dtype_bytes": 1,
 def test_layouts_that_ran_on_80_gb_fit(run):
     """Measured runs of scale.md, sections 1 and 3, whose memory isn't published: they filled their devices, more or less."""
     worst = worst_stage(memory_per_rank(run))
-    assert fits(run) and worst.total_bytes > 0.6 * device_capacity_bytes(run), worst.parts_bytes
+    assert fits(run) and worst.total_bytes > 0.6 * device_named(run.device).hbm_bytes, worst.parts_bytes
 
 
 def test_fp8_copies_and_saved_inputs():
@@ -190,7 +190,7 @@ def test_phases_of_a_colocated_run():
     reference = trained.parts_bytes["weights"]
     assert generated.host_bytes == pytest.approx(2 * reference + trained.parts_bytes["optimizer"])
     assert trained.host_bytes == reference and trained.parts_bytes["reference_weights"] == 0
-    capacity = device_capacity_bytes(run)
+    capacity = device_named(run.device).hbm_bytes
     assert generated.parts_bytes["rollout_weights"] + generated.parts_bytes["kv_cache"] == pytest.approx(0.8 * capacity)
     assert memory_per_rank(run)[0] == max(trained, generated, key=lambda memory: memory.total_bytes)
     kept = replace(run, rollout=replace(rollout, offload_training=False))
@@ -240,7 +240,7 @@ def test_offloaded_optimizer_is_in_the_hosts_memory():
 
 def test_unknown_device_is_named():
     with pytest.raises(InputError, match="b9000"):
-        device_capacity_bytes(replace(planned(LLAMA_8B, 8), device="b9000"))
+        fits(replace(planned(LLAMA_8B, 8), device="b9000"))
 
 
 def test_names_carry_their_units():

@@ -8,11 +8,11 @@ import pytest
 from strop.engine.config import InputError
 from strop.engine.plan.bounds import Bounds
 from strop.engine.plan.candidates import SearchSpace, layouts, recompute_choices
-from strop.engine.plan.check import check, works
+from strop.engine.plan.check import check
 from strop.engine.plan.devices import DEVICES
 from strop.engine.plan.engine_choices import engine_groups
 from strop.engine.plan.grpo import grpo_step, optimizer_step_run
-from strop.engine.plan.memory import memory_per_rank, training_memory, worst_stage
+from strop.engine.plan.memory import fits, memory_per_rank, training_memory, worst_stage
 from strop.engine.plan.models import SHAPES
 from strop.engine.plan.packing import with_batch
 from strop.engine.plan.run import PlannedRun, RolloutPlan, TrainingPlan
@@ -61,7 +61,7 @@ def test_settings_of_the_experts_exchange_exclude_no_layout_without_one():
 
 
 def test_winner_is_the_fastest_of_all_tried_one_by_one(found):
-    working = [run for run in everything(SMALL, 16) if not problems(run) and works(run, BUDGET_BYTES)]
+    working = [run for run in everything(SMALL, 16) if not problems(run) and fits(run, BUDGET_BYTES)]
     seconds = sorted(train_step(run).step_seconds for run in working)
     assert len(working) > 100
     best = [prediction.step_seconds for _, prediction in found.ranked]

@@ -14,7 +14,7 @@ from strop.engine.plan.efficiency import memory_bound_seconds
 from strop.engine.plan.facts import layer_forward_flops_per_token, train_flops_per_token
 from strop.engine.plan.layer_time import Work, head_operations, layer_operations
 from strop.engine.plan.models import SHAPES
-from strop.engine.plan.run import SELECTIVE, PlannedRun, TrainingPlan
+from strop.engine.plan.run import PlannedRun, TrainingPlan
 from strop.engine.plan.states import layer_rank_parameters, rank_parameters
 from strop.engine.plan.training import PARTS, chunk_times, layer_pass, train_step
 from strop.engine.plan.validation import problems
@@ -50,7 +50,8 @@ RUNS = {
     "windows": planned(SHAPES["gpt-oss-20b"], 8, recompute=("experts", "norms"), expert_imbalance=1.3),
     "dualpipe": planned(
         LATENT, 256, "h800", (4,) * 15 + (1,), Layout(pp=16, ep=16, schedule="dualpipe"), global_batch_sequences=768,
-        overlap_expert=True, precision="fp8-blockwise", dispatch_dtype_bytes=1, recompute=SELECTIVE, overlap_data=False,
+        overlap_expert=True, precision="fp8-blockwise", dispatch_dtype_bytes=1, overlap_data=False,
+        recompute=("norms", "activation", "mla_up_projection"),
     ),
     "dualpipev": planned(LATENT, 512, layout=Layout(pp=8, ep=64, schedule="dualpipev"), global_batch_sequences=2048),
 }  # fmt: skip
@@ -279,7 +280,8 @@ def test_recompute_layers_holds_for_the_first_layers_of_each_rank(layout):
 def test_deepseek_v3_on_2048_h800_is_near_its_published_step():
     """19.926 s, arXiv 2505.09343, Table 4; benchmarks/results/planner.md has the parts and every other row."""
     training = {
-        "global_batch_sequences": 15360, "precision": "fp8-blockwise", "recompute": SELECTIVE, "moment_dtype_bytes": 2,
+        "global_batch_sequences": 15360, "precision": "fp8-blockwise", "moment_dtype_bytes": 2,
+        "recompute": ("norms", "activation", "mla_up_projection"),
         "overlap_expert": True, "overlap_data": False, "dispatch_dtype_bytes": 1,
     }  # fmt: skip
     run = planned(LATENT, 2048, "h800", (4,) * 15 + (1,), Layout(pp=16, ep=64, schedule="dualpipe"), **training)
