@@ -3,6 +3,7 @@ printed of them. Nothing here imports torch, so that launch/plan.py doesn't wait
 """
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from strop.engine.plan.models import SHAPES
 from strop.engine.plan.packing import with_batch
 from strop.engine.plan.problem import Problem
 from strop.engine.plan.report import Prediction
-from strop.engine.plan.rollout_memory import holds_a_sequence
+from strop.engine.plan.rollout_memory import holds_a_sequence, sequence_cache_bytes
 from strop.engine.plan.run import PlannedRun, RolloutPlan, TrainingPlan
 from strop.engine.plan.shape import ModelShape
 from strop.engine.plan.states import rank_state_bytes
@@ -166,7 +167,7 @@ def plan_grpo(config: "GrpoConfig", gpus: int, device: str) -> int:
     """--plan of launch/grpo.py; returns the exit code."""
     run, console = grpo_run(config, gpus, device), make_console()
     prediction, found = predict(run)
-    shown = [as_plan_flag(problem, device, config.rollout.kv_cache_gib) for problem in found]
+    shown = [as_plan_flag(problem, run, config.rollout.kv_cache_gib) for problem in found]
     if prediction is None:
         show_problems(shown, console)
     else:
@@ -182,7 +183,7 @@ def plan_evaluation(config: "EvaluateConfig", gpus: int, device: str) -> int:
     if not found and not holds_a_sequence(run):
         found = [memory_problem(run, device_named(run.device).hbm_bytes)]
     if found:
-        show_problems([as_plan_flag(problem, device, config.rollout.kv_cache_gib) for problem in found], console)
+        show_problems([as_plan_flag(problem, run, config.rollout.kv_cache_gib) for problem in found], console)
     else:
         show_generation(run, console)
     notes = [] if config.eval.questions else [QUESTIONS_NOTE]
@@ -190,11 +191,15 @@ def plan_evaluation(config: "EvaluateConfig", gpus: int, device: str) -> int:
     return PROBLEMS_EXIT_CODE if found else 0
 
 
-def as_plan_flag(problem: Problem, device: str, kv_cache_gib: float) -> Problem:
+def as_plan_flag(problem: Problem, run: PlannedRun, kv_cache_gib: float) -> Problem:
     """The problem as a launch file with --plan has it: the number of GPUs is part of that flag, and the engine's memory is
     given as that of its KV cache."""
     if problem.setting == "rollout.memory_fraction":
-        return Problem("rollout.kv_cache_gib", kv_cache_gib, problem.reason)
+        longest = run.rollout.longest_sample_tokens
+        least_gib = math.ceil(sequence_cache_bytes(run, longest) / GIB * 1000) / 1000
+        reason = f"a sequence of {longest:,} tokens takes {least_gib:g} GiB"
+        return Problem("rollout.kv_cache_gib", f"{kv_cache_gib:g}", reason, (f"{least_gib:g}",))
     if problem.setting != "gpus":
         return problem
-    return Problem("plan", f"{device}x{problem.value}", problem.reason, tuple(f"{device}x{gpus}" for gpus in problem.nearest))
+    nearest = tuple(f"{run.device}x{gpus}" for gpus in problem.nearest)
+    return Problem("plan", f"{run.device}x{problem.value}", problem.reason, nearest)

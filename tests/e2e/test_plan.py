@@ -219,7 +219,10 @@ def test_plan_of_an_evaluation(launcher) -> None:
     output = launcher.run("evaluate.py", "smollm2", "--plan", "h200", "--model", "tiny")
     assert output.startswith("tiny on 1 x h200") and "Generation" in output
     output = launcher.run("evaluate.py", "smollm2", "--plan", "h200", "--rollout.kv-cache-gib", 0.001, code=PROBLEMS)
-    assert output.startswith("problem: --rollout.kv-cache-gib 0.001: ") and "Generation" not in output
+    assert "; nearest that fits: 0.012\n" in output and "Generation" not in output
+    assert output.startswith("problem: --rollout.kv-cache-gib 0.001: a sequence of 272 tokens takes 0.012 GiB")
+    nearest = launcher.run("evaluate.py", "smollm2", "--plan", "h200", "--rollout.kv-cache-gib", 0.012)
+    assert "Generation" in nearest
 
 
 @pytest.mark.parametrize("name", ["tiny", "smollm2"])
