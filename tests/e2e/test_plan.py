@@ -206,23 +206,25 @@ def test_plan_of_exactly_this_run(launcher) -> None:
 
 
 def test_a_run_on_more_gpus_than_there_are_here(launcher) -> None:
-    flags = ("grpo.py", "tiny", "--layout.tp", 2)
-    output = launcher.run(*flags, "--plan", "H100x8")
-    assert output.startswith("tiny on 8 x h100: fits") and "dp (data)" in output and "evaluations and checkpoints" in output
-    output = launcher.run(*flags, "--plan", "h100x3", code=PROBLEMS)
-    assert "--plan h100x3: 3 training GPUs" in output and "h100x2 or h100x4" in output
-    output = launcher.run("grpo.py", "tiny", "--plan", "h100", "--rollout.kv-cache-gib", 100, code=2)
-    assert "--rollout.kv-cache-gib 100" in output and "79.2 GiB" in output
+    several = (("--layout.tp", 2, "--plan", "H100x8"), ("--layout.tp", 2, "--plan", "h100x3"))
+    runs = [launcher.start("grpo.py", "tiny", *flags) for flags in several]
+    runs.append(launcher.start("grpo.py", "tiny", "--plan", "h100", "--rollout.kv-cache-gib", 100))
+    assert [run.wait(60) for run in runs] == [0, PROBLEMS, 2]
+    eight, three, too_large = (run.output for run in runs)
+    assert eight.startswith("tiny on 8 x h100: fits") and "dp (data)" in eight and "evaluations and checkpoints" in eight
+    assert "--plan h100x3: 3 training GPUs" in three and "h100x2 or h100x4" in three
+    assert "--rollout.kv-cache-gib 100" in too_large and "79.2 GiB" in too_large
 
 
 def test_plan_of_an_evaluation(launcher) -> None:
-    output = launcher.run("evaluate.py", "smollm2", "--plan", "h200", "--model", "tiny")
-    assert output.startswith("tiny on 1 x h200") and "Generation" in output
-    output = launcher.run("evaluate.py", "smollm2", "--plan", "h200", "--rollout.kv-cache-gib", 0.001, code=PROBLEMS)
-    assert "; nearest that fits: 0.012\n" in output and "Generation" not in output
-    assert output.startswith("problem: --rollout.kv-cache-gib 0.001: a sequence of 272 tokens takes 0.012 GiB")
-    nearest = launcher.run("evaluate.py", "smollm2", "--plan", "h200", "--rollout.kv-cache-gib", 0.012)
-    assert "Generation" in nearest
+    several = (("--model", "tiny"), ("--rollout.kv-cache-gib", 0.001), ("--rollout.kv-cache-gib", 0.012))
+    runs = [launcher.start("evaluate.py", "smollm2", "--plan", "h200", *flags) for flags in several]
+    assert [run.wait(60) for run in runs] == [0, PROBLEMS, 0]
+    tiny, too_small, enough = (run.output for run in runs)
+    assert tiny.startswith("tiny on 1 x h200") and "Generation" in tiny
+    assert too_small.startswith("problem: --rollout.kv-cache-gib 0.001: a sequence of 272 tokens takes 0.012 GiB; nearest")
+    assert "nearest that fits: 0.012\n" in too_small and "Generation" not in too_small
+    assert "Generation" in enough
 
 
 @pytest.mark.parametrize("name", ["tiny", "smollm2"])
