@@ -167,11 +167,12 @@ def _norms(run: PlannedRun, layer: int) -> Iterator[SavedTensor]:
 
 def _grouped_query_attention(run: PlannedRun) -> Iterator[SavedTensor]:
     """Heads are split over tensor-parallel ranks. v is a view of the projection's output, which it keeps alive as a whole; q
-    and k were rotated into tensors of their own. An all-to-all over heads (Ulysses) makes a new v too."""
+    and k were rotated into tensors of their own. An all-to-all over heads (Ulysses) makes a new v too, and keeps copied heads'
+    k and v as often as it copies them."""
     shape, tokens, element = run.shape, run.microbatch_tokens, run.training.element_bytes
     heads = shape.num_heads / run.layout.tp
     query = tokens * heads * shape.head_dim * element
-    key = tokens * max(shape.num_kv_heads / run.layout.tp, 1) * shape.head_dim * element
+    key = tokens * run.attended_kv_heads * shape.head_dim * element
     if _is_ulysses(run):
         yield _tensor("v", key)
     else:
@@ -241,6 +242,5 @@ def _gradient_bytes(run: PlannedRun, layer: int) -> float:
         copies = run.expert_token_copies
         mlp = 2 * copies * (shape.moe.expert_intermediate_size / run.layout.etp + shape.hidden_size)
     widths = (shape.mla.nope_dim + shape.mla.rope_dim, shape.mla.value_dim) if shape.mla else (shape.head_dim, shape.head_dim)
-    key_heads = shape.num_heads / tp if shape.mla else max(shape.num_kv_heads / tp, 1)
-    attention = tokens * (shape.num_heads / tp * sum(widths) + key_heads * sum(widths))
+    attention = tokens * (shape.num_heads / tp + run.attended_kv_heads) * sum(widths)
     return (max(mlp, attention) + 2 * tokens * shape.hidden_size) * element

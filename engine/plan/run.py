@@ -237,6 +237,18 @@ class PlannedRun:
         return self.microbatch_tokens / layout.tp * layout.etp * top_k * self.training.expert_imbalance
 
     @property
+    def attended_kv_heads(self) -> float:
+        """Key-value heads whose keys and values attention reads on one rank, each of `microbatch_tokens` tokens.
+
+        Where tp ranks outnumber them, each has a copy of one. Ulysses gives each of tp x cp ranks the tokens of all cp ranks for
+        its own heads, so that where these ranks outnumber the heads, copies are sent (verl and DeepSpeed repeat them).
+        """
+        layout = self.layout
+        heads = self.shape.num_kv_heads if self.shape.mla is None else self.shape.num_heads
+        gathered = layout.cp if layout.cp_kind == "ulysses" else 1
+        return gathered * max(heads / (layout.tp * gathered), 1)
+
+    @property
     def pairs_passes(self) -> bool:
         """Whether a forward and a backward pass run beside each other (TrainingPlan.overlap_expert)."""
         return self.training.overlap_expert and self.layout.ep > 1

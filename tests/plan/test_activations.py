@@ -116,6 +116,22 @@ def test_parts_name_their_tensors_and_recompute_drops_them():
     assert {t.name: t.size_bytes for t in saved_tensors(busy, 5)}["dispatched tokens"] == 1.5 * moe["dispatched tokens"]
 
 
+@pytest.mark.parametrize(
+    "tp, cp, kind, head_copies",
+    [(4, 16, "ulysses", 16), (2, 16, "ulysses", 16), (2, 2, "ulysses", 2), (1, 2, "ulysses", 4), (8, 2, "ring", 1)],
+)
+def test_keys_and_values_of_context_parallel_ranks(tp, cp, kind, head_copies):
+    """4 key-value heads. Ulysses leaves each of tp x cp ranks the whole sequence of one head at least, so of 64 ranks each has
+    131,072 tokens x 128 elements x 2 bytes = 32 MiB of keys, 16 times its 8,192 tokens; ring attention its own tokens."""
+    layout = Layout(tp=tp, sp=tp > 1, cp=cp, cp_kind=kind, pp=4, ep=8)
+    run = planned(SHAPES["qwen3-235b-a22b"], 256, layout, sequence_length_tokens=131072)
+    kept = {tensor.name: tensor.size_bytes for tensor in saved_tensors(run, 0)}
+    assert run.attended_kv_heads == head_copies
+    assert kept["k"] == 131072 // cp * head_copies * 128 * 2
+    if kind == "ulysses":
+        assert kept["k"] == kept["v"] and kept["k"] >= 131072 * 128 * 2
+
+
 def test_recomputing_some_layers_or_every_second_product():
     kept = {}
     for recompute, layers in (((), 0), (("layer",), 0), (("layer",), 5), (("every_second_product",), 0)):
