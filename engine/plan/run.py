@@ -240,8 +240,8 @@ class PlannedRun:
     def attended_kv_heads(self) -> float:
         """Key-value heads whose keys and values attention reads on one rank, each of `microbatch_tokens` tokens.
 
-        Where tp ranks outnumber them, each has a copy of one. Ulysses gives each of tp x cp ranks the tokens of all cp ranks for
-        its own heads, so that where these ranks outnumber the heads, copies are sent (verl and DeepSpeed repeat them).
+        Where tp ranks outnumber them, each has a copy of one. Ulysses gives each of tp x cp ranks the tokens of all cp ranks
+        for its own heads, so that where these ranks outnumber the heads, copies are sent (verl and DeepSpeed repeat them).
         """
         layout = self.layout
         heads = self.shape.num_kv_heads if self.shape.mla is None else self.shape.num_heads
