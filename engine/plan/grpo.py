@@ -12,6 +12,7 @@ from .layer_time import Work
 from .packing import packed_training
 from .rollout import RolloutTime, rollout_time
 from .run import PlannedRun, RolloutPlan
+from .schedules import forward_only_seconds
 from .states import rank_state_bytes
 from .training import StepTime, chunk_times, pipeline_hop, train_step
 from .weight_sync import WeightSyncTime, weight_sync_time
@@ -120,16 +121,10 @@ def grpo_step(run: PlannedRun) -> GrpoStep:
 
 
 def forward_seconds(run: PlannedRun) -> float:
-    """Log-probs of all micro-batches of an optimizer step: forward passes alone, which fill the pipeline once."""
-    work = Work(run, device_named(run.device))
+    """Log-probs of all micro-batches of an optimizer step: forward passes alone."""
+    work, layout = Work(run, device_named(run.device)), run.layout
     stages = [chunk.stage_seconds() for chunk in chunk_times(work)]
-    passes = [stage.forward + stage.forward_exchange for stage in stages]
-    busy = [0.0] * run.layout.pp
-    for seconds, ranks in zip(passes, run.ranks_of_chunk(), strict=True):
-        for rank in ranks:
-            busy[rank] += seconds / len(ranks)
-    filling = sum(passes) + (len(passes) - 1) * pipeline_hop(work)[1]
-    return filling + (run.microbatches - 1) * max(busy)
+    return forward_only_seconds(layout.schedule, stages, layout.pp, run.microbatches, pipeline_hop(work)[1])
 
 
 def offloaded_states(plan: RolloutPlan) -> tuple[str, ...]:

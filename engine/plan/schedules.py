@@ -5,7 +5,7 @@ is then one pass over that list. Long runs are extended by the steady pace, so t
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,6 +17,9 @@ SETTLED_ERROR = 1e-3
 """Of a step, by a pace that hasn't settled."""
 LEAST_FORWARDS = 256
 """Of all ranks together: so few are run in no time, so the pace is never taken from fewer."""
+
+Finish = tuple[float, tuple[float, ...]]
+"""Seconds until the last rank is done, and busy seconds of each rank."""
 
 
 @dataclass(frozen=True)
@@ -83,32 +86,33 @@ def pipeline_time(
     schedule has both. Raises InputError for a schedule that can't, or that has too few micro-batches.
     """
     made = (schedule, tuple(stages), pp, len(stages) // pp)
-    total, busy = _extended(*made, microbatches, hop_seconds, paired, contention)
-    without_hops = _extended(*made, microbatches, 0.0, paired, contention)[0] if hop_seconds else total
+
+    def after(count: int, hop: float) -> Finish:
+        return _run(*made, count, hop, paired, contention)
+
+    total, busy = _extended(lambda count: after(count, hop_seconds), pp, made[3], microbatches)
+    without_hops = _extended(lambda count: after(count, 0.0), pp, made[3], microbatches)[0] if hop_seconds else total
     bottleneck = max(range(pp), key=busy.__getitem__)
     return PipelineTime(total, bottleneck, busy, total - without_hops)
 
 
-def _extended(
-    schedule: PipelineSchedule,
-    stages: tuple[StageSeconds, ...],
-    pp: int,
-    per_rank: int,
-    microbatches: int,
-    hop_seconds: float,
-    paired: bool,
-    contention: float,
-) -> tuple[float, tuple[float, ...]]:
-    """As `_run`, but of many micro-batches only so many as it takes until every further pp of them take the same time.
+def forward_only_seconds(
+    schedule: PipelineSchedule, stages: Sequence[StageSeconds], pp: int, microbatches: int, hop_seconds: float = 0.0
+) -> float:
+    """Seconds of all micro-batches' forward passes alone, each rank's in the order that the schedule has them in (forward-only
+    steps of Megatron and DualPipe): nothing waits for a backward pass, and the pipeline fills and drains once."""
+    made = (schedule, tuple(stages), pp, len(stages) // pp)
+    return _extended(lambda count: _run(*made, count, hop_seconds, False, 0.0, forward_only=True), pp, made[3], microbatches)[0]
+
+
+def _extended(run: Callable[[int], Finish], pp: int, per_rank: int, microbatches: int) -> Finish:
+    """What `run` says of this many micro-batches, asked only for so many as it takes until every further pp of them take the
+    same time.
 
     In the end the pace is that of the busiest rank, or of a longer circle of waiting with hops in it. Until then that rank's
     work may fill gaps, or the circle may not have closed, so that the pace is taken where it is the busiest rank's or the same
     as with half as many micro-batches. What either leaves open is at most SETTLED_ERROR of the step.
     """
-
-    def run(count: int) -> tuple[float, tuple[float, ...]]:
-        return _run(schedule, stages, pp, per_rank, count, hop_seconds, paired, contention)
-
     some, paces = max(3, math.ceil(LEAST_FORWARDS / (pp * pp * per_rank))) * pp, []
     while microbatches > some + 2 * pp:
         settled = some + microbatches % pp
@@ -124,12 +128,15 @@ def _extended(
 
 
 @lru_cache(maxsize=256)
-def _program(schedule: PipelineSchedule, pp: int, per_rank: int, microbatches: int, paired: bool):
+def _program(schedule: PipelineSchedule, pp: int, per_rank: int, microbatches: int, paired: bool, forward_only: bool):
     """The slots of all ranks in an order in which each comes after what it needs.
 
     A list of (rank, needed slot or -1, needed slot or -1, duration's index) and the durations' keys: (work, stage[, stage]).
     """
-    return _compile(rank_orders(schedule, pp, per_rank, microbatches, paired))
+    orders = rank_orders(schedule, pp, per_rank, microbatches, paired)
+    if forward_only:
+        orders = [[(one,) for slot in order for one in slot if one.work == "forward"] for order in orders]
+    return _compile(orders)
 
 
 def rank_orders(
@@ -193,9 +200,10 @@ def _run(
     hop_seconds: float,
     paired: bool,
     contention: float,
-) -> tuple[float, tuple[float, ...]]:
-    """(seconds until the last rank is done, busy seconds of each rank) of exactly this many micro-batches."""
-    program, keys = _program(schedule, pp, per_rank, microbatches, paired)
+    forward_only: bool = False,
+) -> Finish:
+    """Of exactly this many micro-batches."""
+    program, keys = _program(schedule, pp, per_rank, microbatches, paired, forward_only)
     durations = [slot_seconds(stages, works, at, contention if paired else None) for works, at in keys]
     ends: list[float] = []
     free = [0.0] * pp

@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strop.engine.config import InputError, Layout
+from strop.engine.plan.devices import device_named
 from strop.engine.plan.grpo import LEARNING_PARTS, forward_seconds, grpo_step, host_copy_seconds, optimizer_step_run, whole_run
+from strop.engine.plan.layer_time import Work
 from strop.engine.plan.models import SHAPES
 from strop.engine.plan.packing import packed_sequences
 from strop.engine.plan.run import PlannedRun, RolloutPlan, TrainingPlan
-from strop.engine.plan.training import train_step
+from strop.engine.plan.training import chunk_times, train_step
 
 ONE_RANK = Layout()
 
@@ -89,6 +91,18 @@ def test_log_probs_take_a_forward_pass():
         parts = train_step(one).parts_seconds
         busy = parts["forward"] + parts["exposed_tensor"] / 3
         assert busy * 0.95 <= forward_seconds(one) < 0.6 * train_step(one).step_seconds
+
+
+def test_log_probs_of_interleaved_chunks_wait_for_one_chunk_of_each_rank():
+    """12 chunks of 3 layers on 4 ranks: 3 passes a micro-batch, and 3 more until the last rank has begun."""
+    run = PlannedRun.of(
+        SHAPES["qwen3-8b"], 4, layout=Layout(pp=4, vpp=3, schedule="interleaved"),
+        training=TrainingPlan(global_batch_sequences=8),
+    )  # fmt: skip
+    first, *inner, last = (chunk.stage_seconds().forward for chunk in chunk_times(Work(run, device_named("h100"))))
+    assert max(inner) == pytest.approx(min(inner)) and first < 1.1 * inner[0]
+    # The last rank is the busiest, since it has the head.
+    assert forward_seconds(run) == pytest.approx(first + 2 * inner[0] + 8 * (2 * inner[0] + last), rel=0.02)
 
 
 def test_split_trains_on_fewer_gpus():

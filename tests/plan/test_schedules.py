@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strop.engine.config import InputError
-from strop.engine.plan.schedules import StageSeconds, pair_seconds, pipeline_time, slot_seconds
+from strop.engine.plan.schedules import StageSeconds, forward_only_seconds, pair_seconds, pipeline_time, slot_seconds
 from strop.engine.plan.timeline import (
     Pass,
     dualpipe,
@@ -148,6 +148,32 @@ def test_hundreds_of_microbatches_on_uneven_stages_are_the_event_simulation_too(
         time = pipeline_time(schedule, stages, pp, microbatches, hop_seconds, paired, 0.15)
         assert time.total_seconds == pytest.approx(max(one.end_seconds for one in intervals), rel=0.005)
         assert time.bubble_seconds >= 0 and time.hop_seconds >= 0
+
+
+@pytest.mark.parametrize(
+    "schedule, pp, vpp, microbatches, passes",
+    [
+        ("1f1b", 4, 1, 9, 9 + 3),
+        ("zero-bubble", 4, 1, 9, 9 + 3),
+        ("interleaved", 4, 3, 8, 8 * 3 + 3),  # filled and drained by the chunks of one way through the ranks
+        ("interleaved", 8, 4, 512, 512 * 4 + 7),
+        ("dualpipev", 4, 2, 8, 8 * 2 + 3 + 3),  # the last rank holds the middle: the way there and back
+    ],
+)
+def test_forward_passes_alone_fill_the_pipeline_once(schedule, pp, vpp, microbatches, passes):
+    assert forward_only_seconds(schedule, [EVEN] * (pp * vpp), pp, microbatches) == pytest.approx(passes * F)
+
+
+@pytest.mark.parametrize("schedule, pp, vpp, microbatches, paired", CASES)
+def test_forward_passes_alone_are_the_event_simulation_without_the_others(schedule, pp, vpp, microbatches, paired):
+    stages = uneven_stages(pp * (2 if schedule == "dualpipev" else vpp), seed=pp + microbatches)
+    forwards = [
+        [(one,) for slot in order for one in slot if one.work == "forward"]
+        for order in orders_of(schedule, pp, vpp, microbatches, paired)
+    ]
+    intervals = simulate(forwards, lambda rank, slot: slot_seconds(stages, ["forward"], [slot[0].stage], None), 0.05)
+    seconds = forward_only_seconds(schedule, stages, pp, microbatches, 0.05)
+    assert seconds == pytest.approx(max(one.end_seconds for one in intervals), rel=0.002)
 
 
 def test_orders_that_wait_for_each_other_are_an_error():
