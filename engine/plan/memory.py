@@ -49,8 +49,12 @@ class StageMemory:
     phase: Phase
     parts_bytes: dict[str, float]
     """By name of PARTS, on the device. logits: 0 where the peak is in a layer's backward pass, when they are gone."""
-    host_bytes: float
-    """In the host's memory, for each of the ranks of this stage."""
+    host_parts_bytes: dict[str, float]
+    """Tensors in the host's memory for each of the ranks of this stage: weights, optimizer, reference_weights."""
+
+    @property
+    def host_bytes(self) -> float:
+        return sum(self.host_parts_bytes.values())
 
     @property
     def total_bytes(self) -> float:
@@ -69,10 +73,15 @@ class StageMemory:
 
 def memory_per_rank(run: PlannedRun) -> tuple[StageMemory, ...]:
     """Each pipeline rank of training in the phase that needs more of its device."""
+    return tuple(max(stage, key=lambda memory: memory.total_bytes) for stage in zip(*memory_phases(run), strict=True))
+
+
+def memory_phases(run: PlannedRun) -> list[tuple[StageMemory, ...]]:
+    """Each pipeline rank of training, one phase after another."""
     phases = [training_memory(run)]
     if run.rollout is not None and run.placement == "colocated":
         phases.append(colocated_rollout_memory(run))
-    return tuple(max(stage, key=lambda memory: memory.total_bytes) for stage in zip(*phases, strict=True))
+    return phases
 
 
 def worst_stage(memories: tuple[StageMemory, ...]) -> StageMemory:
@@ -116,7 +125,7 @@ def training_memory(run: PlannedRun) -> tuple[StageMemory, ...]:
             reference_weights=0.0 if offloaded else reference,
         )
         margin = outside_bytes(run) + FRAGMENTATION * sum(parts.values())
-        host = states.host + (reference if offloaded else 0.0)
+        host = {"optimizer": states.host, "reference_weights": reference if offloaded else 0.0}
         memories.append(StageMemory(stage, "training", parts | {"margin": margin}, host))
     return tuple(memories)
 
@@ -142,7 +151,11 @@ def colocated_rollout_memory(run: PlannedRun) -> tuple[StageMemory, ...]:
             rollout_weights=0.0 if alias else rollout_weight_bytes(run),
             kv_cache=rollout_kv_cache_bytes(run),
         )
-        host = states.host + (states.weights if away else 0.0) + (states.optimizer + reference if offloaded else 0.0)
+        host = {
+            "weights": states.weights if away else 0.0,
+            "optimizer": states.host + (states.optimizer if offloaded else 0.0),
+            "reference_weights": reference if offloaded else 0.0,
+        }
         memories.append(StageMemory(stage, "rollout", parts | {"margin": outside_bytes(run)}, host))
     return tuple(memories)
 
