@@ -1,6 +1,6 @@
 """What one pipeline rank says to others while a micro-batch passes a layer, and how much of it computation hides."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from .collectives import (
@@ -12,7 +12,7 @@ from .collectives import (
     members_per_node,
     wire_bytes,
 )
-from .layer_time import Operation, Work
+from .layer_time import Operation, Work, is_recomputed
 from .run import Dispatcher, RecomputePart
 from .shape import MoeShape
 from .states import RankParameters, replicas
@@ -53,7 +53,7 @@ def layer_exchanges(
     whole = "layer" in recompute
     exchanges: list[Exchange] = []
     if layout.tp > 1:
-        exchanges += _repeated(_tensor_parallel(work, layer, operations), whole)
+        exchanges += _tensor_parallel(work, layer, operations, recompute)
     if layout.cp > 1:
         exchanges += _repeated(_context_parallel(work, operations), whole or "core_attention" in recompute)
     if shape.kind(layer) == "moe":
@@ -63,9 +63,7 @@ def layer_exchanges(
 
 def _repeated(exchanges: list[Exchange], recomputed: bool) -> list[Exchange]:
     again = [one for one in exchanges if one.direction == "forward"] if recomputed else []
-    return exchanges + [
-        Exchange(one.axis, one.kind, "backward", one.sent_bytes, one.seconds, one.exposed_seconds, one.count) for one in again
-    ]
+    return exchanges + [replace(one, direction="backward") for one in again]
 
 
 def collective(work: Work, axis: Axis, kind: CollectiveKind, payload_bytes: float) -> tuple[float, float]:
@@ -81,24 +79,34 @@ def axis_size(work: Work, axis: Axis) -> int:
     return {"zero": dense_replicas, "edp": expert_replicas}.get(axis) or getattr(work.run.layout, axis)
 
 
-def _tensor_parallel(work: Work, layer: int, operations: dict[str, Operation]) -> list[Exchange]:
-    """Megatron's f and g (arXiv 1909.08053; with sequence parallel all-gather and reduce-scatter, arXiv 2205.05198)."""
+def _tensor_parallel(
+    work: Work, layer: int, operations: dict[str, Operation], recompute: tuple[RecomputePart, ...]
+) -> list[Exchange]:
+    """Megatron's f and g (arXiv 1909.08053; with sequence parallel all-gather and reduce-scatter, arXiv 2205.05198).
+
+    Those of a product that is recomputed are repeated with it. "every_second_product" repeats none: torchtitan's policy saves
+    what a reduce-scatter returns, and its second gathering of an input is the one that `column` has in the backward pass.
+    """
     shape = work.run.shape
     wide = work.element_bytes * work.tokens * shape.hidden_size
-    exchanges: list[Exchange] = []
+    columns, rows = {}, {"attention_output": wide}  # bytes by product
     if shape.mla is None:
-        exchanges += column(work, wide, operations["qkv"])
+        columns["qkv"] = wide
     else:
         latent = work.element_bytes * work.tokens
         if shape.mla.q_rank:
-            exchanges += column(work, latent * shape.mla.q_rank, operations["q_up"])
+            columns["q_up"] = latent * shape.mla.q_rank
         else:
-            exchanges += column(work, wide, operations["q"])
-        exchanges += column(work, latent * (shape.mla.kv_rank + shape.mla.rope_dim), operations["kv_up"])
-    exchanges += row(work, wide, operations["attention_output"])
+            columns["q"] = wide
+        columns["kv_up"] = latent * (shape.mla.kv_rank + shape.mla.rope_dim)
     name = "dense" if shape.kind(layer) == "dense" else "shared"
     if f"{name}_down" in operations:
-        exchanges += column(work, wide, operations[f"{name}_gate_up"]) + row(work, wide, operations[f"{name}_down"])
+        columns[f"{name}_gate_up"] = rows[f"{name}_down"] = wide
+    exchanges: list[Exchange] = []
+    for cut, payloads in ((column, columns), (row, rows)):
+        for product, payload_bytes in payloads.items():
+            operation = operations[product]
+            exchanges += _repeated(cut(work, payload_bytes, operation), is_recomputed(operation, recompute))
     return exchanges
 
 

@@ -335,8 +335,13 @@ def head_operations(work: Work) -> list[Operation]:
     ]
 
 
+def is_recomputed(operation: Operation, recompute: tuple[RecomputePart, ...]) -> bool:
+    """Whether the backward pass runs all of an operation again, with what it needs from other ranks."""
+    return "layer" in recompute or any(part in recompute for part in operation.recomputed_with)
+
+
 def recomputed_share(operation: Operation, recompute: tuple[RecomputePart, ...]) -> float:
     """The share of an operation's forward pass that the backward pass runs again."""
-    if "layer" in recompute or any(part in recompute for part in operation.recomputed_with):
+    if is_recomputed(operation, recompute):
         return 1.0
     return operation.second_product_share if "every_second_product" in recompute else 0.0
