@@ -160,7 +160,8 @@ def hidden_seconds(work: Work, seconds: float, compute_seconds: float) -> float:
 
 def _context_parallel(work: Work, operations: dict[str, Operation]) -> list[Exchange]:
     """Ring: keys and values travel to the next rank cp - 1 times beside attention (backward their gradients too).
-    Ulysses: queries, keys, values and the output are exchanged between heads and tokens (arXiv 2309.14509)."""
+    Ulysses: queries, keys, values and the output are exchanged between heads and tokens (arXiv 2309.14509); of keys and values
+    each rank gets all tokens of at least one head, however few there are."""
     shape, layout = work.run.shape, work.run.layout
     if shape.mla is not None:
         heads = shape.num_heads // layout.tp
@@ -168,7 +169,7 @@ def _context_parallel(work: Work, operations: dict[str, Operation]) -> list[Exch
         key_value = query + output
     else:
         query = output = shape.num_heads // layout.tp * shape.head_dim
-        key_value = 2 * max(1, shape.num_kv_heads // layout.tp) * shape.head_dim
+        key_value = 2 * work.run.attended_kv_heads * shape.head_dim
     core = operations["core_attention"]
     exchanges = []
     for direction, beside, tensors in (("forward", core.forward_seconds, 1), ("backward", core.backward_input_seconds, 2)):

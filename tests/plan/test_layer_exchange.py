@@ -61,3 +61,32 @@ def test_a_recomputed_output_without_sequence_parallel_is_summed_again():
     recomputing = replace(run, training=replace(run.training, recompute=("dense_mlp",)))
     more = sent_bytes(recomputing, 5, "tp") - sent_bytes(run, 5, "tp")
     assert dict(more) == {("all_reduce", "backward"): pytest.approx(2 * 7 / 8 * 2 * TOKENS * 8192)}
+
+
+@pytest.mark.parametrize(
+    "name, layout, gpus, heads",
+    [
+        # 64 query and 4 key-value heads: 16 of q and of the output a tp rank; all 16 cp ranks get all tokens of a k and a v.
+        ("qwen3-235b-a22b", Layout(tp=4, sp=True, cp=16, cp_kind="ulysses"), 64, 16 + 16 + 16 + 16),
+        # 32 and 8: 16 and 4, as many as cp ranks.
+        ("llama3-8b", Layout(tp=2, sp=True, cp=4, cp_kind="ulysses"), 8, 16 + 4 + 4 + 16),
+        # 2 for 4 ranks, each sent to two of them.
+        ("llama3-8b", Layout(tp=4, sp=True, cp=4, cp_kind="ulysses"), 16, 8 + 4 + 4 + 8),
+    ],
+)
+def test_ulysses_gives_every_rank_all_tokens_of_a_key_value_head(name, layout, gpus, heads):
+    """A rank's block, of which it keeps one part in cp; backward the same heads' gradients."""
+    run = planned(SHAPES[name], gpus, layout)
+    block = heads * 128 * 2 * TOKENS / layout.cp
+    sent = pytest.approx(block * (layout.cp - 1) / layout.cp)
+    assert dict(sent_bytes(run, 5, "cp")) == {("all_to_all", "forward"): sent, ("all_to_all", "backward"): sent}
+
+
+def test_a_ring_passes_on_no_copies_of_key_value_heads():
+    """4 heads for 8 tp ranks: one each, keys and values, to all but one of the ring; backward with their gradients."""
+    run = planned(SHAPES["qwen3-235b-a22b"], 64, Layout(tp=8, sp=True, cp=8))
+    block = 2 * 128 * 2 * TOKENS / 8
+    assert dict(sent_bytes(run, 5, "cp")) == {
+        ("send_recv", "forward"): 7 * block,
+        ("send_recv", "backward"): 2 * 7 * block,
+    }
