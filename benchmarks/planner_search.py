@@ -78,6 +78,16 @@ def search_rows(names: list[str] | None = None) -> list[SearchRow]:
     return [search_target(TARGETS[name]()) for name in names or TARGETS]
 
 
+def mapping_lines(row: SearchRow) -> list[str]:
+    """The proposal's and the peers' lines of the table; of the proposal's last column, the search's seconds vary."""
+    lines = []
+    for one in (row.best, *row.peers):
+        first = row.target.name if one is row.best else ""
+        time = f"{one.step_seconds:.4g} s" if one.step_seconds is not None else "impossible"
+        lines.append(f"| {first} | {one.who} | {one.layout} | {time} | {one.worst_bytes / GIB:.1f} GiB | {one.source} |")
+    return lines
+
+
 def search_table(names: list[str] | None = None) -> str:
     """The section of benchmarks/results/planner.md, in Markdown."""
     lines = [
@@ -89,11 +99,7 @@ def search_table(names: list[str] | None = None) -> str:
         "|---|---|---|---:|---:|---|",
     ]
     rows = search_rows(names)
-    for row in rows:
-        for one in (row.best, *row.peers):
-            first = row.target.name if one is row.best else ""
-            time = f"{one.step_seconds:.4g} s" if one.step_seconds is not None else "impossible"
-            lines.append(f"| {first} | {one.who} | {one.layout} | {time} | {one.worst_bytes / GIB:.1f} GiB | {one.source} |")
+    lines += [line for row in rows for line in mapping_lines(row)]
     lines += [
         "",
         "| target | search | predicted | layouts rejected | outpaced | no slower than every peer |",

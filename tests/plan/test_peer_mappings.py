@@ -22,7 +22,11 @@ def searches(monkeypatch):
 
 
 def proposal_is_no_slower(searches, name: str) -> None:
+    """And the committed table says what is predicted today."""
     (row,) = searches.search_rows([name])
+    committed = (BENCHMARKS / "results/planner.md").read_text()
+    for line in searches.mapping_lines(row):
+        assert line.removesuffix(" |").rpartition(" | ")[0] in committed, "run: python benchmarks/planner.py"
     working = [peer for peer in row.peers if not peer.problem]
     assert row.result.ranked and working, "nothing to compare"
     assert row.no_worse, [(one.who, one.layout, one.step_seconds) for one in (row.best, *working)]
