@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..config import InputError
+from ..config import GIB, InputError
 
 GB = 1e9
 TERA = 1e12
@@ -38,6 +38,9 @@ class DeviceFacts:
     """Which curves of engine.plan.efficiency its kernels follow."""
     source: str
     gpus_per_node: int = 8
+    node_host_bytes: float = 2 * 1024 * GIB
+    """Installed memory of a node's host. 2 TB, 32 DIMMs of 64 GB, in NVIDIA's own servers: DGX A100 640GB, DGX H100 / H200, DGX
+    B200 (user guides; the last takes 4 TB). Assumed of H800, H20 and Grand Teton, which others build."""
 
 
 H100 = DeviceFacts(

@@ -9,6 +9,7 @@ from typing import Literal
 from ..config import GIB
 from .activations import head_working_bytes, layer_working_bytes, stage_kept_bytes
 from .devices import device_named
+from .host_memory import fullest_node
 from .rollout_memory import holds_a_sequence, rollout_kv_cache_bytes, rollout_weight_bytes
 from .run import PlannedRun, Stage
 from .states import (
@@ -90,7 +91,8 @@ def worst_stage(memories: tuple[StageMemory, ...]) -> StageMemory:
 
 
 def fits(run: PlannedRun, budget_bytes: float | None = None) -> bool:
-    """Whether every rank fits into budget_bytes in both phases, and with split placement the generating GPUs too.
+    """Whether every rank fits into budget_bytes in both phases, what lies on the host into its node, and with split placement
+    the generating GPUs too.
 
     A rollout engine fits where its KV cache holds the longest sequence. budget_bytes unset: all memory of the run's device.
     Raises InputError for an unknown device.
@@ -98,7 +100,10 @@ def fits(run: PlannedRun, budget_bytes: float | None = None) -> bool:
     if run.rollout is not None and not holds_a_sequence(run):
         return False
     most_bytes = device_named(run.device).hbm_bytes if budget_bytes is None else budget_bytes
-    return worst_stage(memory_per_rank(run)).total_bytes <= most_bytes
+    phases = memory_phases(run)
+    if fullest_node(run, phases).shortage_bytes:
+        return False
+    return all(worst_stage(phase).total_bytes <= most_bytes for phase in phases)
 
 
 def training_memory(run: PlannedRun) -> tuple[StageMemory, ...]:

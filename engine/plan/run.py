@@ -175,6 +175,8 @@ class PlannedRun:
     """All of them, training and rollout."""
     device: str = "h100"
     """A name of engine.plan.devices.DEVICES."""
+    host_memory_gib: float = 0.0
+    """Installed memory of a node's host; 0: what the device's usual server has."""
     layout: Layout = field(default_factory=Layout)
     """Of training; dp is filled in."""
     stage_layers: tuple[int, ...] = ()

@@ -62,6 +62,7 @@ def _value_problems(run: "PlannedRun") -> Iterator[Problem]:
     """Values that no other setting could make right."""
     training, rollout = run.training, run.rollout
     least: dict[str, tuple[float, int]] = {"gpus": (run.gpus, 1), "steps": (run.steps, 1)}
+    least["host_memory_gib"] = (run.host_memory_gib, 0)
     least |= {f"layout.{name}": (getattr(run.layout, name), 1) for name in ("tp", "cp", "pp", "vpp", "ep", "etp")}
     for name in ("sequence_length_tokens", "global_batch_sequences", "micro_batch_sequences", "expert_imbalance"):
         least[f"training.{name}"] = (getattr(training, name), 1)
