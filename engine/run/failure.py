@@ -7,7 +7,8 @@
 A mistake of the user (InputError) is one line and exit code 2. Anything else is a traceback, once, under a header with rank
 and phase, and exit code 1. Of several ranks the first to fail prints in full; the others say one line; a rank that fails
 only because another one died waits for that one's error to end the run. torchrun repeats the reason in its box at the very
-bottom. Nothing is swallowed: every rank's traceback is in the run folder too (error-rank-N.txt).
+bottom. Nothing is swallowed: every rank's traceback is in the run folder too (error-rank-N.txt). Before there is a run folder,
+printing is all that happens: where nobody reads it any longer (| head), the process ends in silence.
 """
 
 import faulthandler
@@ -59,6 +60,8 @@ class FailureReport:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.folder is None and (error is None or isinstance(error, SystemExit | OSError)):
+            self._end_where_nothing_can_be_printed(probe="\n" if isinstance(error, OSError) else "")
         if error is None or isinstance(error, SystemExit):
             return
         if isinstance(error, KeyboardInterrupt):
@@ -70,6 +73,17 @@ class FailureReport:
             self._exit(INPUT_ERROR_EXIT_CODE)
         else:
             self._report_error(error)
+            self._exit(ERROR_EXIT_CODE)
+
+    def _end_where_nothing_can_be_printed(self, probe: str) -> None:
+        """Of standard output: a closed pipe or a full disk. The probe meets again what failed with what was printed; without
+        one, what is still in the buffer does."""
+        try:
+            print(probe, end="", flush=True)
+        except OSError as lost:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it ends
+            if not isinstance(lost, BrokenPipeError):
+                self._print(f"error: standard output can't be written ({lost.strerror})")
             self._exit(ERROR_EXIT_CODE)
 
     def _report_mistake(self, message: str) -> None:

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from strop.engine.run.failure import is_lost_peer
 
 PRELUDE = """
@@ -104,6 +106,29 @@ def test_exits_that_are_no_failures_pass_through(tmp_path):
     assert run(tmp_path, 'with FailureReport(): sys.exit(0)') == (0, "")
     assert run(tmp_path, 'with FailureReport(): sys.exit(4)') == (4, "")
     assert run(tmp_path, 'with FailureReport(): raise KeyboardInterrupt') == (130, "interrupted: nothing was saved\n")
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [("| sleep 0", ""), ("> /dev/full", "error: standard output can't be written (No space left on device)\n")],
+)
+def test_where_nothing_can_be_printed(tmp_path, target, said):
+    """Into a pipe that nobody reads (| head) and onto a full disk: met while printing, or as Python ends."""
+    (tmp_path / "launch.py").write_text(f"""{PRELUDE}
+with FailureReport():
+    time.sleep(0.3)
+    print("line\\n" * int(sys.argv[2]))
+    sys.exit(0)
+""")
+    for lines in (1, 100_000):
+        command = f"set -o pipefail; {sys.executable} {tmp_path}/launch.py {tmp_path} {lines} {target}"
+        ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=ENVIRONMENT)
+        assert (ended.returncode, ended.stderr) == (1, said)
+
+
+def test_a_broken_pipe_of_something_else_is_an_error(tmp_path):
+    code, output = run(tmp_path, 'with FailureReport():\n raise BrokenPipeError("a reward worker is gone")')
+    assert code == 1 and "BrokenPipeError: a reward worker is gone" in output
 
 
 def test_lost_peers_are_told_from_own_errors():
