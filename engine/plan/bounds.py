@@ -49,7 +49,7 @@ class Bounds:
         if layout.schedule == "dualpipe" and layout.pp > 1:
             on_rank /= 2  # every stage is on two ranks, which share the micro-batches
         passes, exchanges = on_rank[:, :2].sum(axis=1), on_rank[:, 2:].sum(axis=1)
-        if run.training.overlap_expert and layout.ep > 1:
+        if run.pairs_passes:
             # All as one pair: the time of a pair is convex in its parts, so several pairs together take no less.
             passes = _paired_seconds(run, passes, exchanges)
         else:
@@ -73,7 +73,7 @@ class Bounds:
             if held not in alike:
                 rank = stage.index
                 beside = (forward[rank] + forward_exchange[rank], backward[rank] + backward_exchange[rank])
-                data = () if run.training.fsdp and layout.pp == 1 else data_parallel_transfers(work, stage, *beside)
+                data = () if run.gathers_in_every_pass else data_parallel_transfers(work, stage, *beside)
                 alike[held] = optimizer_seconds(work, stage) + sum(one.exposed_seconds for one in data)
         return min(alike.values())
 
@@ -118,7 +118,8 @@ class Bounds:
         """Of a micro-batch through each piece of the model (layers, embedding, head): forward, backward, and both directions'
         expert exchanges, which other passes may hide."""
         layout, training = run.layout, run.training
-        key = (layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.ep, layout.etp, run.edp, *_settings(training))
+        key = (layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.ep, layout.etp, run.edp, run.gathers_in_every_pass)
+        key += _settings(training)
         if key not in self._seconds:
             if training.recompute_layers:  # only some of the layers are computed again
                 run = replace(run, training=replace(training, recompute=(), recompute_layers=0))

@@ -171,7 +171,7 @@ def pipeline_intervals(run: PlannedRun) -> list[Interval]:
     `train_step`, one by one."""
     work = Work(run, device_named(run.device))
     stages = [chunk.stage_seconds() for chunk in chunk_times(work)]
-    paired = run.training.overlap_expert and run.layout.ep > 1
+    paired = run.pairs_passes
     contention = contention_share(work, DISPATCHER_MULTIPROCESSORS[run.training.dispatcher]) if paired else None
     orders = rank_orders(run.layout.schedule, run.layout.pp, len(stages) // run.layout.pp, run.microbatches, paired)
 

@@ -188,7 +188,7 @@ def _fsdp_bytes(run: PlannedRun, stage: Stage, element: int) -> float:
     cast = run.training.weights_dtype_bytes != element
     dense, experts = (cast or shards > 1 for shards in replicas(run))
     gradient = run.training.gradient_dtype_bytes
-    if run.layout.pp > 1:
+    if not run.gathers_in_every_pass:
         whole = rank_parameters(run, stage)
         return (whole.dense * dense + whole.experts * experts) * (element + gradient)
     layers = [layer_rank_parameters(run, alike.example) for alike in alike_layers(run, stage)]

@@ -255,6 +255,11 @@ class PlannedRun:
         """Whether a forward and a backward pass run beside each other (TrainingPlan.overlap_expert)."""
         return self.training.overlap_expert and self.layout.ep > 1
 
+    @property
+    def gathers_in_every_pass(self) -> bool:
+        """Whether FSDP gathers each layer's weights for every pass. With a pipeline gathered weights stay through the step."""
+        return self.training.fsdp and self.layout.pp == 1
+
     def recomputed_layers(self) -> frozenset[int]:
         """The layers that TrainingPlan.recompute holds for: the first recompute_layers of each rank. With DualPipe the two
         ranks that hold a layer agree on it."""

@@ -146,7 +146,7 @@ def _update(work: Work, chunks: Sequence[PassTime]) -> tuple[float, float, list[
             continue
         passes = sum((chunks[chunk] for chunk in _visits(run, stage)), NOTHING).stage_seconds()
         beside = (passes.forward + passes.forward_exchange, passes.backward + passes.backward_exchange)
-        data = [] if run.training.fsdp and run.layout.pp == 1 else data_parallel_transfers(work, stage, *beside)
+        data = [] if run.gathers_in_every_pass else data_parallel_transfers(work, stage, *beside)
         updates[held] = sum(one.exposed_seconds for one in data), optimizer_seconds(work, stage), data
     return max(updates.values(), key=lambda update: update[0] + update[1])
 
@@ -223,7 +223,7 @@ def _pass(
         seconds["launch", "forward"] += gap * one.forward_kernels
         seconds["launch", "backward_input"] += gap * (one.backward_kernels - weight_kernels + again * one.forward_kernels)
         seconds["launch", "backward_weight"] += gap * weight_kernels
-    if work.run.training.fsdp and work.run.layout.pp == 1:
+    if work.run.gathers_in_every_pass:
         cast_seconds = gathered_cast_seconds(work, held)
         seconds["forward", "forward"] += cast_seconds
         seconds["backward_input", "backward_input"] += cast_seconds

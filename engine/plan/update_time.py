@@ -72,7 +72,7 @@ def _update_steps(work: Work, stage: Stage) -> Iterator[tuple[str, float]]:
     held = rank_parameters(work.run, stage)
     dense_shards, expert_shards = replicas(work.run)
     shard = held.dense / dense_shards + held.experts / expert_shards
-    kept = shard if _gathers_each_pass(work) else held.total
+    kept = shard if work.run.gathers_in_every_pass else held.total
     gradient = training.gradient_dtype_bytes
     master, weight = master_bytes(training), training.weights_dtype_bytes
     weight_moved = 2 * master + weight if master else 2 * weight
@@ -84,7 +84,7 @@ def _update_steps(work: Work, stage: Stage) -> Iterator[tuple[str, float]]:
         yield "update", update_bytes / HOST_MEMORY_BYTES_PER_SECOND
     else:
         yield "update", memory_bound_seconds(device, update_bytes)
-    if training.precision in QUANTIZE_BYTES and not _gathers_each_pass(work):  # the weights, once a step
+    if training.precision in QUANTIZE_BYTES and not work.run.gathers_in_every_pass:  # the weights, once a step
         quantized = held.matrices + held.experts
         yield "quantise", memory_bound_seconds(device, QUANTIZE_BYTES[training.precision].forward * quantized)
 
@@ -96,11 +96,6 @@ def gathered_cast_seconds(work: Work, held: RankParameters) -> float:
         return 0.0
     cast_bytes = QUANTIZE_BYTES[training.precision].forward * (held.matrices + held.experts)
     return memory_bound_seconds(work.device, cast_bytes)
-
-
-def _gathers_each_pass(work: Work) -> bool:
-    """Weights are gathered for every pass of a micro-batch: FSDP without a pipeline."""
-    return work.run.training.fsdp and work.run.layout.pp == 1
 
 
 def _widest(work: Work) -> Axis:

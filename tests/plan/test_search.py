@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from strop.engine.config import InputError
+from strop.engine.config import InputError, Layout
 from strop.engine.plan.bounds import Bounds
 from strop.engine.plan.candidates import SearchSpace, layouts, recompute_choices
 from strop.engine.plan.check import check
@@ -284,3 +284,17 @@ def test_default_candidates_are_plausible():
     """No degrees that divide no heads, short contexts stay whole, few chunks."""
     runs = [run.layout for run in layouts(PlannedRun(SHAPES["qwen3-8b"], 24, training=PLAN), SearchSpace())]
     assert {run.tp for run in runs} == {1, 2, 4, 8} and {run.cp for run in runs} == {1} and max(run.vpp for run in runs) <= 8
+
+
+@pytest.mark.parametrize("name", ["qwen3-4b", "llama3-8b"])
+def test_bounds_of_fsdp_with_and_without_a_pipeline_do_not_share_what_they_know(name):
+    """16 GPUs and two stages of 16 have as many replicas of a layer, but only the first gather its weights in every pass."""
+    training = TrainingPlan(fsdp=True, precision="fp8-tensorwise", sequence_length_tokens=1024)
+    plain = PlannedRun.of(SHAPES[name], 16, training=training)
+    pipeline = PlannedRun.of(SHAPES[name], 32, layout=Layout(pp=2), training=training)
+    for runs in ((plain, pipeline), (pipeline, plain)):
+        shared = Bounds(SHAPES[name])
+        for run in runs:
+            at_least_seconds = shared.at_least_seconds(run)
+            assert at_least_seconds == Bounds(SHAPES[name]).at_least_seconds(run)
+            assert at_least_seconds <= train_step(run).step_seconds
