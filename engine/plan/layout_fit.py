@@ -27,7 +27,7 @@ def rank_problems(run: "PlannedRun") -> Iterator[Problem]:
         dense_ranks = ranks // layout.pp
         reason = f"ep x etp = {layout.ep * layout.etp} doesn't divide dp x cp x tp = {dense_ranks}"
         if dense_ranks % layout.etp:
-            fits = nearest_fitting(layout.etp, dense_ranks, lambda etp: dense_ranks % (layout.ep * etp) == 0)
+            fits = nearest_fitting(layout.etp, dense_ranks, lambda etp: _etp_fits(run, etp))
             yield Problem("layout.etp", layout.etp, reason, fits)
         else:
             fits = nearest_fitting(layout.ep, dense_ranks, lambda ep: _ep_fits(run, ep))
@@ -103,15 +103,19 @@ def expert_problems(run: "PlannedRun") -> Iterator[Problem]:
         yield Problem("layout.ep", layout.ep, f"doesn't divide {moe.num_experts} experts", nearest)
     width = moe.expert_intermediate_size
     if width % layout.etp:
-        nearest = nearest_fitting(
-            layout.etp, dense_ranks, lambda etp: width % etp == 0 and dense_ranks % (layout.ep * etp) == 0
-        )
+        nearest = nearest_fitting(layout.etp, dense_ranks, lambda etp: _etp_fits(run, etp))
         yield Problem("layout.etp", layout.etp, f"doesn't divide {width} columns of an expert", nearest)
 
 
 def _ep_fits(run: "PlannedRun", ep: int) -> bool:
     """Whether experts and training GPUs of a model that has experts would divide."""
     return run.shape.moe.num_experts % ep == 0 and run.training_gpus // run.layout.pp % (ep * run.layout.etp) == 0
+
+
+def _etp_fits(run: "PlannedRun", etp: int) -> bool:
+    """Whether the columns of an expert and training GPUs would."""
+    columns = run.shape.moe.expert_intermediate_size
+    return columns % etp == 0 and run.training_gpus // run.layout.pp % (run.layout.ep * etp) == 0
 
 
 def context_problems(run: "PlannedRun") -> Iterator[Problem]:

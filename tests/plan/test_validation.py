@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from strop.engine.config import InputError, Layout
@@ -285,6 +285,7 @@ def test_what_does_not_divide(model: str, gpus: int, settings_: dict[str, Any], 
     ),
     split=st.booleans(),
 )  # fmt: skip
+@example("qwen3-30b-a3b", 100, (1, 1, 1, 1, 2, 3), "1f1b", "ring", (4096, 64, 1), None, False)  # 5 divides the ranks alone
 def test_proposals_do_fit(model, gpus, degrees, schedule, cp_kind, sizes, rollout, split) -> None:
     """Each number proposed for a setting leaves no problem of that setting, and a run without problems can be made."""
     tp, cp, pp, vpp, ep, etp = degrees
