@@ -73,7 +73,7 @@ def search_layouts(name: str, run: PlannedRun, config: PlanConfig) -> int:
     budget_bytes = config.memory_budget_bytes()
     result = search(
         run.shape, run.gpus, run.device, run.training, run.rollout, space=config.search_space(), memory_bytes=budget_bytes,
-        ranked=config.best,
+        ranked=config.best, host_memory_gib=run.host_memory_gib,
     )  # fmt: skip
     found = [replace(one, steps=run.steps) for one, _ in result.ranked]
     best = [Prediction.of(one, budget_bytes) for one in found]
@@ -90,6 +90,7 @@ def search_layouts(name: str, run: PlannedRun, config: PlanConfig) -> int:
             "nearest_layout": group.nearest.layout,
             "reason": group.nearest.reason,
             "need_bytes": group.nearest.need_bytes,
+            "host_shortage_bytes": group.nearest.host_shortage_bytes,
         }
         for group in result.groups()
     ]
@@ -116,10 +117,8 @@ def output_files(config: PlanConfig) -> Iterator[None]:
     files = {flag: file for flag, file in files.items() if file is not None}
     try:
         for flag, file in files.items():
-            try:
-                file.touch()
-            except OSError as error:
-                raise InputError(f"--{flag} {file} can't be written ({error.strerror}): choose another file") from None
+            with told_as(flag, file):
+                file.open("a").close()
         yield
     finally:
         for file in files.values():
@@ -127,11 +126,21 @@ def output_files(config: PlanConfig) -> Iterator[None]:
                 file.unlink()
 
 
+@contextmanager
+def told_as(flag: str, file: Path) -> Iterator[None]:
+    """What goes wrong with a file, as a mistake of the flag that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"--{flag} {file} can't be written ({error.strerror}): choose another file") from None
+
+
 def write(content: dict[str, Any], drawn: Prediction | None, config: PlanConfig) -> None:
     """Into the files that were asked for. Where nothing was predicted, there is no picture, an earlier one neither."""
     if config.json is not None:
         made_by = {"strop_version": version("strop"), "command": shlex.join(["python", *sys.argv])}
-        config.json.write_text(json.dumps(made_by | content, indent=2) + "\n")
+        with told_as("json", config.json):
+            config.json.write_text(json.dumps(made_by | content, indent=2) + "\n")
     if config.png is None:
         return
     if drawn is not None:

@@ -32,6 +32,9 @@ class PlanConfig:
     gpus: int = 8
     """All GPUs of the run."""
     device: Annotated[str, tyro.conf.arg(help=f"Kind of GPU: {', '.join(DEVICES)}.")] = "h100"
+    host_memory_gib: float = 0.0
+    """Installed memory of a node's host, in GiB; 0: what NVIDIA's server with this GPU has, 2,048. Trainers may fill 93% of it
+    with what they keep there, beside 32 GiB a GPU for everything else."""
     grpo: bool = False
     """Plan steps of GRPO: --rollout.* generates, then --training.* learns. Without it: optimizer steps alone."""
     placement: Placement = "colocated"
@@ -61,6 +64,8 @@ class PlanConfig:
                 raise InputError(f"--{name} {getattr(self, name)}: must be at least 1")
         if self.png is not None and self.png.suffix.lower() != ".png":
             raise InputError(f"--png {self.png}: a PNG file is written, so name one that ends in .png")
+        if self.json is not None and self.png is not None and self.json.resolve() == self.png.resolve():
+            raise InputError(f"--json {self.json} and --png {self.png} are one file: name two")
         if not self.grpo and (self.rollout != GENERATION or self.placement != "colocated"):
             raise InputError("--rollout.* and --placement have no effect without --grpo: add it, or leave them out")
         if self.grpo and self.training.global_batch_sequences != TrainingPlan().global_batch_sequences:
@@ -114,8 +119,9 @@ class PlanConfig:
     def run(self, shape: ModelShape) -> PlannedRun:
         """The run that was asked about; its layout is not resolved yet."""
         return PlannedRun(
-            shape, self.gpus, device=self.device.lower(), layout=self.layout, stage_layers=self.stage_layers,
-            training=self.training, rollout=self.rollout if self.grpo else None, placement=self.placement, steps=self.steps,
+            shape, self.gpus, device=self.device.lower(), host_memory_gib=self.host_memory_gib, layout=self.layout,
+            stage_layers=self.stage_layers, training=self.training, rollout=self.rollout if self.grpo else None,
+            placement=self.placement, steps=self.steps,
         )  # fmt: skip
 
 
