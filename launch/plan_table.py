@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
@@ -63,10 +64,10 @@ class Section:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Text(f"\n{self.heading}", style="bold")
         if self.table.row_count:
-            yield self.table
+            yield with_all_digits(self.table, options.max_width)
         if self.second is not None:
             yield Text("")
-            yield self.second
+            yield with_all_digits(self.second, options.max_width)
         if self.below:
             yield Text(self.below)
 
@@ -84,7 +85,7 @@ def show(prediction: Prediction, problems: Sequence[Problem], to: Console) -> No
     to.print(Text(f"{run.shape.name} on {run.gpus} x {run.device}: {verdict}", style="bold"))
     to.print(model_section(run))
     to.print(layout_section(prediction))
-    to.print(memory_section(prediction))
+    to.print(memory_section(prediction), crop=False)
     to.print(training_section(prediction.training))
     if prediction.training.transfers:
         to.print(transfer_section(prediction))
@@ -268,6 +269,18 @@ def grid(*columns: str) -> Table:
         is_text = column in TEXT_COLUMNS
         justify = "left" if index == 0 or is_text else "right"
         table.add_column(column, justify=justify, overflow="fold", no_wrap=not is_text)
+    return table
+
+
+def with_all_digits(table: Table, columns: int) -> Table:
+    """Numbers keep their width. Where a table of numbers alone is wider than the console, its columns stand closer; what is
+    wider still is the terminal's to break."""
+    for column in table.columns:
+        if column.no_wrap:
+            column.min_width = max(map(cell_len, (column.header, *column.cells)))
+    between = 3 * (len(table.columns) - 1)
+    if all(column.no_wrap for column in table.columns) and between + sum(one.min_width for one in table.columns) > columns:
+        table.padding = 0
     return table
 
 
