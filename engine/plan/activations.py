@@ -10,6 +10,9 @@ output. Checked against measured peaks: benchmarks/planner_memory_rows.py.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
+from .in_flight import most_held_bytes
 from .run import PlannedRun, RecomputePart, Stage
 from .states import alike_layers
 
@@ -53,42 +56,30 @@ def kept_bytes(run: PlannedRun, layer: int, recompute: bool = True) -> float:
     return kept
 
 
-def in_flight(run: PlannedRun, rank: int) -> float:
-    """Most micro-batches whose activations a pipeline rank holds at once, in units of all layers of that rank.
-
-    1F1B: pp - rank; 2 (pp - 1 - rank) + 1 where each forward pass runs beside a backward pass, for which it warms up so much
-    longer (`timeline.one_forward_one_backward`). Interleaved: 2 (pp - 1 - rank) + (vpp - 1) pp + 1 chunks of 1 / vpp
-    (Megatron's warm-up and one), on the first rank 1 + (pp - 1) / (pp vpp) times 1F1B's. Zero bubble (ZB-H1, arXiv
-    2401.10241): pp on every rank, since weight gradients wait. DualPipe: pp + 1 stages, DualPipeV: 2 pp + 1 half-sized ones,
-    of which a rank holds two (arXiv 2412.19437, Table 2, and the DualPipe repository). Never more than the micro-batches that
-    there are.
-    """
-    layout, available = run.layout, run.microbatches
-    pp = layout.pp
-    if pp == 1:
-        return 1
-    if layout.schedule == "interleaved":
-        return min((2 * (pp - 1 - rank) + (layout.vpp - 1) * pp + 1) / layout.vpp, available)
-    if layout.schedule == "zero-bubble":
-        return min(pp, available)
-    if layout.schedule == "dualpipe":
-        return min(pp + 1, available) / 2
-    if layout.schedule == "dualpipev":
-        return min((2 * pp + 1) / 2, available)
-    return min(2 * (pp - 1 - rank) + 1 if run.pairs_passes else pp - rank, available)
-
-
-def stage_kept_bytes(run: PlannedRun, stage: Stage) -> float:
-    """Of all layers and micro-batches in flight on a pipeline rank, and the last norm's input and output.
+def rank_kept_bytes(run: PlannedRun) -> list[float]:
+    """Of all layers and micro-batches in flight on each pipeline rank, and the last norm's input and output.
 
     Where the exchange of experts is hidden behind another micro-batch, that one's forward pass is a layer ahead of what the
     backward pass has freed (DualPipe counts it in its pp + 1).
     """
-    layers = [(kept_bytes(run, alike.example, alike.recomputed), alike.count) for alike in alike_layers(run, stage)]
+    recomputed, kept_by_sort = run.recomputed_layers(), {}
+
+    def kept(layer: int) -> float:
+        sort = run.shape.kind(layer), layer in recomputed
+        if sort not in kept_by_sort:
+            kept_by_sort[sort] = kept_bytes(run, layer, layer in recomputed)
+        return kept_by_sort[sort]
+
+    of_chunks = [[] for _ in range(run.layout.pp)]
+    for layers, ranks in zip(run.chunks(), run.ranks_of_chunk(), strict=True):
+        for rank in ranks:
+            of_chunks[rank].append(sum(map(kept, layers)))
     is_ahead = run.pairs_passes and run.layout.schedule not in ("dualpipe", "dualpipev")
-    ahead = max((kept for kept, _ in layers), default=0.0) if is_ahead else 0.0
-    last_norm = 2 * _split_tokens(run) * run.shape.hidden_size * run.training.element_bytes if stage.has_head else 0.0
-    return sum(kept * count for kept, count in layers) * in_flight(run, stage.index) + ahead + last_norm
+    last_norm = 2 * _split_tokens(run) * run.shape.hidden_size * run.training.element_bytes
+    return [
+        float(held) + (max(map(kept, stage.layers), default=0.0) if is_ahead else 0.0) + stage.has_head * last_norm
+        for held, stage in zip(most_held_bytes(run, np.array(of_chunks)), run.stages(), strict=True)
+    ]
 
 
 def layer_working_bytes(run: PlannedRun, stage: Stage) -> float:

@@ -12,15 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import Layout, PipelineSchedule
-from .activations import in_flight, kept_bytes, layer_working_bytes
+from .activations import kept_bytes, layer_working_bytes
 from .devices import device_named
 from .grpo import SAMPLE_SECONDS, SWITCH_SECONDS, host_copy_seconds, offloaded_states
+from .in_flight import most_held_bytes
 from .layer_exchange import DISPATCHER_MULTIPROCESSORS, contention_share
 from .layer_time import Operation, Work, embedding_operations, head_operations
 from .memory import FRAGMENTATION, outside_bytes
 from .run import PlannedRun, Stage, TrainingPlan
 from .schedules import StageSeconds, pair_seconds
 from .shape import ModelShape
+from .stages import LayerDivision, chunks_of, ranks_of_chunks
 from .states import rank_state_bytes, replicas
 from .training import layer_pass
 from .update_time import data_parallel_transfers, optimizer_seconds
@@ -107,11 +109,10 @@ class Bounds:
         """Device memory of the fullest rank while it trains: states, kept activations, a layer's backward pass, margin."""
         layout = run.layout
         counts, _ = _pipeline(run.shape, layout.pp, layout.schedule, layout.vpp, run.stage_layers)
-        of_layers = counts[:, : len(self._layers)]
-        in_flight_microbatches = np.array([in_flight(run, rank) for rank in range(layout.pp)])
+        of_chunks = _layers_of_chunks(run.shape, run.division)
         kept, working = self._piece_activation_bytes(run).T
-        held = counts @ self._piece_state_bytes(run) + of_layers @ kept * in_flight_microbatches
-        held += np.where(of_layers > 0, working, 0.0).max(axis=1)
+        held = counts @ self._piece_state_bytes(run) + most_held_bytes(run, of_chunks @ kept)
+        held += np.where(of_chunks.any(axis=1), working, 0.0).max(axis=1)
         return float(held.max()) * (1 + FRAGMENTATION) + outside_bytes(run)
 
     def _piece_seconds(self, run: PlannedRun) -> Array:
@@ -194,6 +195,18 @@ def _pieces_of_layers(shape: ModelShape) -> tuple[int, ...]:
     alike = [(shape.kind(layer), shape.window_tokens(layer), layer >= shape.num_layers) for layer in layers]
     pieces = {costs: piece for piece, costs in enumerate(dict.fromkeys(alike))}
     return tuple(pieces[costs] for costs in alike)
+
+
+@lru_cache(maxsize=512)
+def _layers_of_chunks(shape: ModelShape, division: LayerDivision) -> Array:
+    """How many layers of each piece a rank has in each of its chunks: [pp, chunk, piece]."""
+    pieces = _pieces_of_layers(shape)
+    found = [[] for _ in range(division.pp)]
+    for layers, ranks in zip(chunks_of(division), ranks_of_chunks(division), strict=True):
+        counts = np.bincount([pieces[layer] for layer in layers], minlength=max(pieces) + 1)
+        for rank in ranks:
+            found[rank].append(counts)
+    return np.array(found)
 
 
 @lru_cache(maxsize=512)

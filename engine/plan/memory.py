@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..config import GIB
-from .activations import head_working_bytes, layer_working_bytes, stage_kept_bytes
+from .activations import head_working_bytes, layer_working_bytes, rank_kept_bytes
 from .devices import device_named
 from .host_memory import fullest_node
 from .rollout_memory import holds_a_sequence, rollout_kv_cache_bytes, rollout_weight_bytes
@@ -113,9 +113,8 @@ def training_memory(run: PlannedRun) -> tuple[StageMemory, ...]:
     it in the host's memory but for the pass that needs it, which needs no gradients and no optimizer.
     """
     memories = []
-    for stage in run.stages():
-        states = rank_state_bytes(run, stage)
-        kept, layer = stage_kept_bytes(run, stage), layer_working_bytes(run, stage)
+    for stage, kept in zip(run.stages(), rank_kept_bytes(run), strict=True):
+        states, layer = rank_state_bytes(run, stage), layer_working_bytes(run, stage)
         logits, head = head_working_bytes(run, stage)
         at_head = logits + head > layer
         offloaded = run.rollout is not None and run.rollout.offload_training

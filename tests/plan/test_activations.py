@@ -7,15 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strop.engine.config import Layout
-from strop.engine.plan.activations import in_flight, kept_bytes, saved_tensors, stage_kept_bytes
+from strop.engine.plan.activations import kept_bytes, rank_kept_bytes, saved_tensors
 from strop.engine.plan.devices import device_named
 from strop.engine.plan.layer_time import Work
 from strop.engine.plan.memory import training_memory
 from strop.engine.plan.models import SHAPES
 from strop.engine.plan.run import PlannedRun, TrainingPlan
-from strop.engine.plan.schedules import rank_orders
 from strop.engine.plan.shape import ModelShape
-from strop.engine.plan.timeline import Slot
 
 DEEPSEEK, QWEN_30B, LLAMA_8B = SHAPES["deepseek-v3"], SHAPES["qwen3-30b-a3b"], SHAPES["llama3-8b"]
 
@@ -43,46 +41,6 @@ def test_korthikanti_bytes_per_token():
     assert kept_bytes(tensor_only, 0) == pytest.approx((8 + 28 / 4) * tokens * hidden + log_sum_exp / 4)
     full = planned(gpt, 8, recompute=("layer",), sequence_length_tokens=2048)
     assert kept_bytes(full, 0) == 2 * tokens * hidden
-
-
-def test_in_flight_micro_batches():
-    def of(rank: int, **layout) -> float:
-        return in_flight(planned(LLAMA_8B, 32, Layout(**layout)), rank)
-
-    assert [of(rank, pp=4) for rank in range(4)] == [4, 3, 2, 1]
-    assert of(0, pp=4, vpp=2, schedule="interleaved") == pytest.approx(4 * (1 + 3 / (4 * 2)))
-    assert of(3, pp=4, vpp=2, schedule="interleaved") == pytest.approx((4 + 1) / 2)
-    assert [of(rank, pp=4, schedule="zero-bubble") for rank in range(4)] == [4] * 4
-    assert of(2, pp=4, schedule="dualpipe") == 5 / 2  # of two stages each
-    assert of(2, pp=4, schedule="dualpipev") == 9 / 2
-    few = planned(LLAMA_8B, 32, Layout(pp=4), global_batch_sequences=2 * 8)
-    assert in_flight(few, 0) == few.microbatches == 2
-
-
-def peak_in_flight(orders: list[list[Slot]], rank: int, stages: int) -> float:
-    """Counted from the order of work; a forward pass beside a backward pass takes layer by layer what that one frees."""
-    held = peak = 0
-    for slot in orders[rank]:
-        made = sum(one.work == "forward" for one in slot)
-        freed = sum(one.work in ("backward", "backward_weight") for one in slot)
-        peak = max(peak, held + made - min(made, freed))
-        held += made - freed
-    return peak / stages
-
-
-@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zero-bubble", "dualpipe", "dualpipev"])
-@pytest.mark.parametrize("paired", [False, True])
-def test_in_flight_is_the_peak_of_the_order_of_work(schedule, paired):
-    paired, vpp = paired and schedule != "zero-bubble", 3 if schedule == "interleaved" else 1
-    stages = {"interleaved": vpp, "dualpipe": 2, "dualpipev": 2}.get(schedule, 1)
-    virtual = {"interleaved": vpp, "dualpipev": 2}.get(schedule, 1)
-    layout = Layout(pp=4, vpp=vpp, schedule=schedule, ep=8)
-    run = planned(QWEN_30B, 64, layout, overlap_expert=paired, global_batch_sequences=16 * 16)
-    orders = rank_orders(schedule, 4, virtual, run.microbatches, paired)
-    peaks = [peak_in_flight(orders, rank, stages) for rank in range(4)]
-    spare = 0.5 if schedule.startswith("dualpipe") else 0.0  # the papers' tables give every rank the fullest one's
-    for rank, peak in enumerate(peaks):
-        assert peak <= in_flight(run, rank) <= peak + spare, (rank, peaks)
 
 
 def test_a_rank_without_layers_holds_nothing():
@@ -136,7 +94,7 @@ def test_recomputing_some_layers_or_every_second_product():
     kept = {}
     for recompute, layers in (((), 0), (("layer",), 0), (("layer",), 5), (("every_second_product",), 0)):
         run = planned(LLAMA_8B, 8, recompute=recompute, recompute_layers=layers)
-        kept[recompute, layers] = stage_kept_bytes(run, run.stages()[0])
+        kept[recompute, layers] = rank_kept_bytes(run)[0]
     nothing, everything = kept[(), 0], kept[("layer",), 0]
     assert kept[("layer",), 5] == pytest.approx(nothing - (nothing - everything) * 5 / 32)
     hidden, key_value, width = LLAMA_8B.hidden_size, 8 * 128, LLAMA_8B.dense_intermediate_size
@@ -144,8 +102,8 @@ def test_recomputing_some_layers_or_every_second_product():
         planned(LLAMA_8B, 8, recompute=("every_second_product",), recompute_layers=layers) for layers in (1, 32)
     )
     of_one = (nothing - kept[("every_second_product",), 0]) / 32
-    assert stage_kept_bytes(some, some.stages()[0]) == pytest.approx(nothing - of_one)
-    assert stage_kept_bytes(none, none.stages()[0]) == kept[("every_second_product",), 0]
+    assert rank_kept_bytes(some)[0] == pytest.approx(nothing - of_one)
+    assert rank_kept_bytes(none)[0] == kept[("every_second_product",), 0]
     # layer input, q, v, attention's output and log-sum-exp, gate, the down projection's output; and the last norm
     element = 2 * (hidden + hidden + key_value + hidden + width + hidden) + 4 * LLAMA_8B.num_heads
     assert kept[("every_second_product",), 0] == 4096 * (32 * element + 2 * 2 * hidden)
@@ -163,7 +121,7 @@ def test_recomputing_more_never_keeps_more(shape, pp, precision, tokens):
 
     def kept(*recompute: str) -> list[float]:
         run = planned(shape, 64, layout, precision=precision, sequence_length_tokens=tokens, recompute=recompute)
-        return [stage_kept_bytes(run, stage) for stage in run.stages()]
+        return rank_kept_bytes(run)
 
     selected = ("norms", "activation", "mla_up_projection")[: 3 if shape.mla is not None else 2]
     none, selective, full = kept(), kept(*selected), kept("layer")
