@@ -157,8 +157,12 @@ def memory_section(prediction: Prediction) -> Section:
     for worst in prediction.worst_of_phases():
         free = prediction.memory_budget_bytes - worst.total_bytes
         left = f"{gib_text(free)} GiB left" if free >= 0 else f"{gib_text(-free)} GiB too much"
-        host = f", and {gib_text(worst.host_bytes)} GiB of the host's memory" if worst.host_bytes else ""
-        said.append(f"Fullest while {PHASE_WORDS[worst.phase]}: stage {worst.stage.index}, {left}{host}.")
+        said.append(f"Fullest while {PHASE_WORDS[worst.phase]}: stage {worst.stage.index}, {left}.")
+    node = prediction.fullest_node()
+    if node.gpu_bytes:
+        parts = ", ".join(f"{words(part)} {gib_text(size)}" for part, size in node.parts_bytes.items())
+        total, usable = gib_text(node.total_bytes), gib_text(node.usable_bytes)
+        said.append(f"Host: {gib_text(node.gpu_bytes)} GiB a GPU, {total} of {usable} usable GiB a node ({parts}).")
     heading = f"Memory of a rank in GiB, of {gib_text(prediction.memory_budget_bytes)}"
     if prediction.memory_budget_bytes < prediction.device.hbm_bytes:
         heading += f" (the budget; the device has {gib_text(prediction.device.hbm_bytes)})"

@@ -5,12 +5,14 @@ from dataclasses import replace
 
 from ..config import GIB, Layout
 from .devices import device_named
-from .memory import StageMemory, colocated_rollout_memory, fits, memory_per_rank, training_memory, worst_stage
+from .host_memory import SYSTEM_BYTES_PER_GPU, NodeMemory, fullest_node
+from .memory import StageMemory, fits, memory_per_rank, memory_phases, worst_stage
 from .nearest import least_memory_fraction, nearest_that_fit
 from .problem import Problem
 from .rollout_memory import cache_shortage, holds_a_sequence
 from .run import PlannedRun
 from .states import rank_state_bytes
+from .text import words
 from .validation import problems
 
 SMALLEST_PART_BYTES = 0.05 * GIB
@@ -33,7 +35,7 @@ def check(run: PlannedRun) -> list[Problem]:
 
 
 def memory_problem(run: PlannedRun, budget_bytes: float) -> Problem:
-    """What doesn't fit, in GiB by part, of each phase."""
+    """What doesn't fit, in GiB by part, of each phase: on the device, else on the host of a node."""
     if run.rollout is not None and not holds_a_sequence(run):
         if least_memory_fraction(run) < 1:
             return Problem("rollout.memory_fraction", run.rollout.memory_fraction, cache_shortage(run))
@@ -42,24 +44,50 @@ def memory_problem(run: PlannedRun, budget_bytes: float) -> Problem:
     if fewest > run.training_gpus:
         reason = f"weights, gradients and optimizer states alone fill {fewest:,} GPUs, and {run.training_gpus:,} train"
         return Problem("gpus", run.gpus, f"{reason}; {needs(worst_stage(memory_per_rank(run)), budget_bytes)}")
-    phases = [training_memory(run)]
-    if run.rollout is not None and run.placement == "colocated":
-        phases.append(colocated_rollout_memory(run))
-    worst = [worst_stage(phase) for phase in phases]
+    phases = memory_phases(run)
+    worst, node = [worst_stage(phase) for phase in phases], fullest_node(run, phases)
     too_large = [needs(one, budget_bytes) for one in worst if one.total_bytes > budget_bytes]
+    if not too_large:
+        fewest = fewest_gpus_of_hosts(run)
+        reason = host_needs(node) + (f"; the hosts of {fewest:,} GPUs at the least hold so much" if fewest > run.training_gpus else "")
+        return Problem("host_memory_gib", f"{node.installed_bytes / GIB:g}", reason)
+    if node.shortage_bytes:
+        too_large.append(host_needs(node))
     return Problem("device", run.device, "; ".join(too_large))
 
 
 def needs(worst: StageMemory, budget_bytes: float) -> str:
     """The memory of a rank that needs too much, largest part first."""
-    parts = sorted(worst.parts_bytes.items(), key=lambda part: -part[1])
-    named = ", ".join(f"{name.replace('_', ' ')} {size / GIB:.1f}" for name, size in parts if size >= SMALLEST_PART_BYTES)
     while_generating = " while generating" if worst.phase == "rollout" else ""
     digits = 1 if round(worst.total_bytes / GIB, 1) != round(budget_bytes / GIB, 1) else 3
     return (
         f"stage {worst.stage.index} needs {worst.total_bytes / GIB:.{digits}f} GiB of {budget_bytes / GIB:.{digits}f} "
-        f"GiB{while_generating} (GiB: {named})"
+        f"GiB{while_generating} (GiB: {_named(worst.parts_bytes)})"
     )
+
+
+def host_needs(node: NodeMemory) -> str:
+    """The host memory of a node that needs too much, largest part first."""
+    while_generating = " while generating" if node.phase == "rollout" else ""
+    return (
+        f"the host of a node needs {node.total_bytes / GIB:,.1f} GiB of {node.usable_bytes / GIB:,.1f} usable "
+        f"GiB{while_generating} (GiB: {_named(node.parts_bytes)})"
+    )
+
+
+def fewest_gpus_of_hosts(run: PlannedRun) -> int:
+    """GPUs whose hosts hold what the run keeps there, each once, however it is laid out."""
+    rollout = None if run.rollout is None else replace(run.rollout, gpus=0, tp=1, pp=1, ep=1)
+    alone = replace(run, gpus=1, layout=Layout(dp=1), stage_layers=(), rollout=rollout, placement="colocated")
+    node = fullest_node(alone, memory_phases(alone))
+    held_bytes = node.total_bytes - node.parts_bytes["system"]
+    spare_bytes = node.usable_bytes / device_named(run.device).gpus_per_node - SYSTEM_BYTES_PER_GPU
+    return math.ceil(held_bytes / spare_bytes) if spare_bytes > 0 else 0
+
+
+def _named(parts_bytes: dict[str, float]) -> str:
+    parts = sorted(parts_bytes.items(), key=lambda part: -part[1])
+    return ", ".join(f"{words(name)} {size / GIB:,.1f}" for name, size in parts if size >= SMALLEST_PART_BYTES)
 
 
 def fewest_gpus(run: PlannedRun, budget_bytes: float) -> int:

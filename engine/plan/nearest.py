@@ -10,7 +10,8 @@ from .bounds import Bounds
 from .candidates import RECOMPUTE_CHOICES, SHORTEST_CONTEXT_TOKENS, SearchSpace, divisors, recompute_choices
 from .devices import device_named
 from .grpo import GrpoStep, grpo_step, optimizer_step_run
-from .memory import colocated_rollout_memory, fits, memory_per_rank, training_memory, worst_stage
+from .host_memory import fullest_node
+from .memory import fits, memory_per_rank, memory_phases, worst_stage
 from .packing import with_batch
 from .rollout_memory import rollout_kv_cache_bytes, rollout_weight_bytes, sequence_cache_bytes
 from .run import PlannedRun
@@ -108,14 +109,14 @@ def _at_least_seconds(bounds: Bounds, run: PlannedRun) -> float:
 
 
 def _shortage_bytes(run: PlannedRun, budget_bytes: float) -> float:
-    """What is missing on the fullest rank, over both phases and the engine's cache: less of it is nearer to fitting."""
-    needs = [worst_stage(training_memory(run)).total_bytes]
-    missing = 0.0
+    """What is missing on the fullest rank, over all phases, the engine's cache and its share of the host: less of it is nearer
+    to fitting."""
+    phases = memory_phases(run)
+    needs = [worst_stage(phase).total_bytes for phase in phases]
+    missing = fullest_node(run, phases).shortage_bytes / min(device_named(run.device).gpus_per_node, run.gpus)
     if run.rollout is not None:
-        if run.placement == "colocated":
-            needs.append(worst_stage(colocated_rollout_memory(run)).total_bytes)
         share = least_memory_fraction(run) - run.rollout.memory_fraction
-        missing = max(0.0, share) * device_named(run.device).hbm_bytes
+        missing += max(0.0, share) * device_named(run.device).hbm_bytes
     return missing + sum(max(0.0, need - budget_bytes) for need in needs)
 
 
@@ -146,7 +147,7 @@ def _changes(run: PlannedRun) -> Iterator[Change]:
         "recompute": list(recompute_choices(shape, SearchSpace(recompute=RECOMPUTE_CHOICES))),
         "gradient_dtype_bytes": [2],
         "moment_dtype_bytes": [2],
-        "offload_optimizer": [True],
+        "offload_optimizer": [True, False],
         "fsdp": [True],
     }
     for name, value in ((name, value) for name, values in options.items() for value in values):
@@ -191,7 +192,7 @@ def _rollout_changes(run: PlannedRun) -> Iterator[Change]:
     if run.shape.moe is not None:
         options["ep"] = divisors(run.shape.moe.num_experts, run.rollout_gpus)
     if run.placement == "colocated":
-        options["offload_training"] = [True]
+        options["offload_training"] = [True, False]
     for name, value in ((name, value) for name, values in options.items() for value in values):
         if value != getattr(rollout, name):
             setting = f"rollout.{name}"

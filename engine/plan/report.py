@@ -16,7 +16,8 @@ from .facts import (
     train_flops_per_token,
 )
 from .grpo import GrpoStep, WholeRun, grpo_step, optimizer_step_run, whole_run
-from .memory import Phase, StageMemory, colocated_rollout_memory, training_memory, worst_stage
+from .host_memory import NodeMemory, fullest_node
+from .memory import Phase, StageMemory, memory_phases, worst_stage
 from .rollout_memory import generating_weight_bytes, rollout_kv_cache_bytes
 from .run import PlannedRun
 from .text import gib_text
@@ -81,14 +82,11 @@ class Prediction:
         """
         device = device_named(run.device)
         budget_bytes = device.hbm_bytes if memory_budget_bytes is None else min(memory_budget_bytes, device.hbm_bytes)
-        if run.rollout is None:
-            return Prediction(run, device, training_memory(run), budget_bytes, train_step(run), None, whole_run(run))
-        grpo, whole = grpo_step(run), whole_run(run)
-        run = replace(run, training=optimizer_step_run(run).training)
-        memory = training_memory(run)
-        if run.placement == "colocated":
-            memory += colocated_rollout_memory(run)
-        return Prediction(run, device, memory, budget_bytes, grpo.training, grpo, whole)
+        whole, grpo = whole_run(run), None if run.rollout is None else grpo_step(run)
+        if grpo is not None:
+            run = replace(run, training=optimizer_step_run(run).training)
+        memory = tuple(rank for phase in memory_phases(run) for rank in phase)
+        return Prediction(run, device, memory, budget_bytes, train_step(run) if grpo is None else grpo.training, grpo, whole)
 
     @property
     def worst(self) -> StageMemory:
@@ -101,8 +99,14 @@ class Prediction:
 
     def worst_of_phases(self) -> tuple[StageMemory, ...]:
         """The fullest rank of each phase."""
-        phases = dict.fromkeys(one.phase for one in self.memory)
-        return tuple(worst_stage(tuple(one for one in self.memory if one.phase == phase)) for phase in phases)
+        return tuple(map(worst_stage, self._phases()))
+
+    def fullest_node(self) -> NodeMemory:
+        """The node that needs most of its host, in the phase that needs most."""
+        return fullest_node(self.run, self._phases())
+
+    def _phases(self) -> list[tuple[StageMemory, ...]]:
+        return [tuple(ranks) for _, ranks in groupby(self.memory, key=lambda one: one.phase)]
 
     def spans(self) -> tuple[AxisSpan, ...]:
         """Axes with more than one rank a group."""
@@ -163,6 +167,7 @@ class Prediction:
                 "memory_budget_bytes": self.memory_budget_bytes,
                 "headroom_bytes": self.headroom_bytes,
             },
+            "host_memory_per_node": node_as_dict(self.fullest_node()),
             "training_step": asdict(self.training),
             "generating_gpu": None
             if run.rollout is None
@@ -187,8 +192,13 @@ def stage_as_dict(memory: StageMemory) -> dict[str, Any]:
         "phase": memory.phase,
         "parts_bytes": dict(memory.parts_bytes),
         "total_bytes": memory.total_bytes,
+        "host_parts_bytes": dict(memory.host_parts_bytes),
         "host_bytes": memory.host_bytes,
     }
+
+
+def node_as_dict(node: NodeMemory) -> dict[str, Any]:
+    return asdict(node) | {"total_bytes": node.total_bytes, "usable_bytes": node.usable_bytes}
 
 
 def grpo_as_dict(step: GrpoStep) -> dict[str, Any]:

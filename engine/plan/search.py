@@ -18,11 +18,12 @@ from .candidates import SearchSpace, layouts, least_work, memory_settings, recom
 from .devices import device_named
 from .engine_choices import Engines, beside, engine_groups, shares_weights
 from .grpo import GrpoStep, optimizer_step_run
+from .host_memory import fullest_node
 from .layout_fit import microbatch_rule
-from .memory import memory_per_rank, training_memory, worst_stage
+from .memory import memory_per_rank, memory_phases, training_memory, worst_stage
 from .nearest import predict
 from .run import PlannedRun, RolloutPlan, TrainingPlan
-from .search_result import Rejection, SearchResult
+from .search_result import HOST_MEMORY, MEMORY, Rejection, SearchResult
 from .shape import ModelShape
 from .training import StepTime
 from .validation import problems, settings_problems
@@ -43,6 +44,8 @@ class _OfLayout:
     """With what fits, whether the fastest engines fit beside it."""
     least: tuple[float, PlannedRun] | None = None
     """Of what doesn't fit, the (bound on the) least need."""
+    least_host: tuple[float, PlannedRun] | None = None
+    """Of what fits the device but not the host of a node, the least shortage."""
 
     def outdoes(self, training: TrainingPlan) -> bool:
         """Something that fits is at least as fast for sure: less is recomputed and offloaded, else they are the same. What is
@@ -57,6 +60,10 @@ class _OfLayout:
     def note(self, need_bytes: float, run: PlannedRun) -> None:
         if self.least is None or need_bytes < self.least[0]:
             self.least = need_bytes, run
+
+    def note_host(self, shortage_bytes: float, run: PlannedRun) -> None:
+        if self.least_host is None or shortage_bytes < self.least_host[0]:
+            self.least_host = shortage_bytes, run
 
 
 @dataclass(frozen=True)
@@ -77,15 +84,18 @@ def search(
     space: SearchSpace | None = None,
     memory_bytes: float | None = None,
     ranked: int = RANKED,
+    host_memory_gib: float = 0.0,
 ) -> SearchResult:
     """Rank layouts by predicted step time: with equal work, by tokens a second.
 
-    `memory_bytes`: budget of a GPU; None: all that the device has but MEMORY_RESERVE. `ranked`: how many layouts to find. With
-    a rollout, each layout of the trainer is ranked with its fastest engines. Where nothing fits and the space leaves
-    offload_optimizer open, the same is tried with the optimizer on the host. Raises InputError for an unknown device, and for
-    settings or values of the space that no layout could make right.
+    `memory_bytes`: budget of a GPU; None: all that the device has but MEMORY_RESERVE. `ranked`: how many layouts to find.
+    `host_memory_gib`: of a node, as in PlannedRun. With a rollout, each layout of the trainer is ranked with its fastest
+    engines. Where nothing fits and the space leaves offload_optimizer open, the same is tried with the optimizer on the host.
+    Raises InputError for an unknown device, and for settings or values of the space that no layout could make right.
     """
-    base = PlannedRun(shape, gpus, device, training=training or TrainingPlan(), rollout=rollout)
+    base = PlannedRun(
+        shape, gpus, device, host_memory_gib=host_memory_gib, training=training or TrainingPlan(), rollout=rollout
+    )
     space = space or SearchSpace()
     budget_bytes = memory_bytes or (1 - MEMORY_RESERVE) * device_named(device).hbm_bytes
     _require_possible(base, space)
@@ -196,9 +206,15 @@ class _Search:
                 return run
             of_layout.note(need_bytes, run)
         of_layout.open -= 1
-        if not of_layout.open and not of_layout.fitting:
+        if of_layout.open or of_layout.fitting:
+            return None
+        if of_layout.least_host is not None:
+            shortage_bytes, run = of_layout.least_host
+            one = Rejection(run, HOST_MEMORY, host_shortage_bytes=shortage_bytes, budget_bytes=self.budget_bytes)
+        else:
             need_bytes, run = of_layout.least
-            self.rejected.append(Rejection(run, "memory", at_least_bytes=need_bytes, budget_bytes=self.budget_bytes))
+            one = Rejection(run, MEMORY, at_least_bytes=need_bytes, budget_bytes=self.budget_bytes)
+        self.rejected.append(one)
         return None
 
     def _try(self, run: PlannedRun, of_layout: _OfLayout, engines: list[Engines]) -> None:
@@ -209,6 +225,10 @@ class _Search:
         full = beside(run, engines, self.budget_bytes) if need_bytes <= self.budget_bytes else None
         if full is None:
             of_layout.note(max(need_bytes, worst_stage(memory_per_rank(run)).total_bytes), run)
+            return
+        shortage_bytes = fullest_node(full, memory_phases(full)).shortage_bytes if _uses_host(full) else 0.0
+        if shortage_bytes:
+            of_layout.note_host(shortage_bytes, full)
             return
         of_layout.fitting.append((run.training, full.rollout == engines[0].run.rollout))
         self._predict(full)
@@ -255,6 +275,10 @@ class _Search:
                 break
         insort(self.ranked, entry, key=lambda one: one[:2])
         del self.ranked[self.wanted :]
+
+
+def _uses_host(run: PlannedRun) -> bool:
+    return run.training.offload_optimizer or (run.rollout is not None and run.rollout.offload_training)
 
 
 def _recomputes_no_more(one: TrainingPlan, other: TrainingPlan) -> bool:

@@ -11,6 +11,9 @@ from .run import PlannedRun
 from .text import layout_text, settings_text
 from .training import StepTime
 
+MEMORY, HOST_MEMORY = "memory", "host_memory"
+"""Causes of rejections: a GPU's, and that of a node's host where the GPU's is enough."""
+
 
 @dataclass(frozen=True)
 class Rejection:
@@ -18,12 +21,15 @@ class Rejection:
 
     run: PlannedRun
     cause: str
-    """What rejections for the same reason share: the setting that is wrong; "memory" where that is the reason."""
+    """What rejections for the same reason share: the setting that is wrong; MEMORY or HOST_MEMORY where that is the reason."""
     problem: str = ""
     """What is wrong with its settings; "" where memory is the reason."""
     at_least_bytes: float = 0.0
-    """Where memory is the reason: a bound on what the fullest rank needs."""
+    """Where a GPU's memory is the reason: a bound on what the fullest rank needs."""
+    host_shortage_bytes: float = 0.0
+    """Where the host's is the reason: what the fullest node lacks."""
     budget_bytes: float = 0.0
+    """Of a GPU."""
 
     @cached_property
     def reason(self) -> str:
@@ -32,7 +38,7 @@ class Rejection:
 
     @cached_property
     def need_bytes(self) -> float:
-        """Where memory is the reason: what the fullest rank needs; else 0."""
+        """Where memory is the reason: what the fullest rank needs of its GPU's; else 0."""
         return 0.0 if self.problem else worst_stage(memory_per_rank(self.run)).total_bytes
 
     @property
@@ -46,10 +52,10 @@ class RejectionGroup:
     """Rejections that share a cause."""
 
     cause: str
-    """A setting's path, or "memory"."""
+    """A setting's path, MEMORY or HOST_MEMORY."""
     count: int
     nearest: Rejection
-    """For memory the one that needs least, which the reason's numbers belong to; else the first."""
+    """For memory the one that needs or lacks least, which the reason's numbers belong to; else the first."""
 
 
 @dataclass(frozen=True)
@@ -86,18 +92,27 @@ class SearchResult:
 
     @cached_property
     def _ways_out(self) -> list[Working]:
-        too_large = [one for one in self.rejected if not one.problem]
-        return [] if self.ranked or not too_large else nearest_that_fit(_nearest(too_large).run, self.budget_bytes)
+        if self.ranked:
+            return []
+        found = (nearest_that_fit(_nearest(self._for_lack_of(cause)).run, self.budget_bytes)
+                 for cause in (HOST_MEMORY, MEMORY) if self._for_lack_of(cause))  # fmt: skip
+        return next(filter(None, found), [])
 
     @property
     def smallest_need_bytes(self) -> float:
-        """The least memory that any of the layouts rejected for it needs a GPU; 0 if there is none."""
-        too_large = [one for one in self.rejected if not one.problem]
+        """The least memory that any of the layouts rejected for a GPU's needs of it; 0 if there is none."""
+        too_large = self._for_lack_of(MEMORY)
         return _nearest(too_large).need_bytes if too_large else 0.0
+
+    def _for_lack_of(self, cause: str) -> list[Rejection]:
+        return [one for one in self.rejected if one.cause == cause]
 
 
 def _nearest(rejections: list[Rejection]) -> Rejection:
-    """The one that needs least memory; its exact need is asked only of those whose bound is below the least found."""
+    """The one that needs least memory; its exact need is asked only of those whose bound is below the least found. Of those
+    that lack host memory, which all have the same cause, the one that lacks least."""
+    if rejections[0].cause == HOST_MEMORY:
+        return min(rejections, key=lambda one: one.host_shortage_bytes)
     nearest: Rejection | None = None
     for one in sorted(rejections, key=lambda one: one.at_least_bytes):
         if nearest is not None and one.at_least_bytes >= nearest.need_bytes:

@@ -122,7 +122,7 @@ def test_stages_that_differ_in_nothing_that_is_shown_are_one_row(predictions) ->
     """A byte, or what lies on the host, makes no second row of the same numbers."""
     one, other = predictions["dense"].memory[1:3]
     parts = one.parts_bytes | {"activations": one.parts_bytes["activations"] + 1}
-    memory = (one, replace(other, parts_bytes=parts, host_bytes=other.host_bytes + 1))
+    memory = (one, replace(other, parts_bytes=parts, host_parts_bytes={"optimizer": 1.0}))
     [row] = replace(predictions["dense"], memory=memory).memory_rows()
     assert row.label == "1-2" and row.is_worst
 
