@@ -74,6 +74,11 @@ class ResponseLengths:
         """E[length^2] / E[length]: the length of the response that an average token belongs to."""
         return self.moment(2) / self.moment(1)
 
+    def token_weighted_sample_tokens(self, prompt_tokens: float) -> float:
+        """E[length^2] / E[length] of samples, which are a prompt of that many tokens and a response."""
+        mean = self.moment(1)
+        return (prompt_tokens**2 + 2 * prompt_tokens * mean + self.moment(2)) / (prompt_tokens + mean)
+
     def survival(self, tokens: NDArray[np.floating]) -> NDArray[np.float64]:
         """Fraction of responses longer than each of `tokens`; 0 from the limit on."""
         tokens = np.asarray(tokens, dtype=float)
@@ -93,7 +98,8 @@ class ResponseLengths:
         with np.errstate(over="ignore"):
             return np.minimum(np.exp(self.log_mean + self.spread * scores), self.max_tokens)
 
-    def expected_max_tokens(self, count: int) -> float:
-        """Mean length of the longest of `count` independent responses: the integral of 1 - (1 - survival)^count."""
+    def expected_max_tokens(self, count: float) -> float:
+        """Mean length of the longest of `count` independent responses: the integral of 1 - (1 - survival)^count. `count` may be
+        a mean, not whole."""
         tokens = np.linspace(0, self.max_tokens, GRID_POINTS)
         return float(np.trapezoid(1 - (1 - self.survival(tokens)) ** count, tokens))

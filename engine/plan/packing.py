@@ -34,7 +34,7 @@ def packed_training(run: "PlannedRun") -> "TrainingPlan":
     if not plan.pad_packed:
         limit = math.ceil(tokens / (microbatches * training.micro_batch_sequences))
     batch = microbatches * layout.dp * training.micro_batch_sequences
-    packed = math.ceil(plan.prompt_tokens + lengths.token_weighted_mean_tokens)
+    packed = math.ceil(lengths.token_weighted_sample_tokens(plan.prompt_tokens))
     return replace(
         training, global_batch_sequences=batch, sequence_length_tokens=limit, packed_length_tokens=min(packed, limit)
     )

@@ -17,6 +17,9 @@ def test_moments_and_maximum_match_a_drawn_sample(mean, limit, spread):
     assert lengths.mean_tokens == pytest.approx(mean, rel=1e-9)
     assert drawn.mean() == pytest.approx(mean, rel=0.01)
     assert (drawn**2).mean() == pytest.approx(lengths.moment(2), rel=0.02)
+    samples = 500 + drawn
+    weighted = (samples**2).mean() / samples.mean()  # a sample's length, of each of its tokens
+    assert weighted == pytest.approx(lengths.token_weighted_sample_tokens(500), rel=0.01)
     assert drawn.max(axis=1).mean() == pytest.approx(lengths.expected_max_tokens(64), rel=0.01)
     assert (drawn == limit).mean() == pytest.approx(lengths.survival(np.nextafter(limit, 0)), abs=0.005)
 
