@@ -84,9 +84,9 @@ class GenerationEngine:
 
     @property
     def precision(self) -> Precision:
-        """Of the layers' products. Weights of less than a byte are multiplied as FP8."""
+        """Of the layers' products. Weights of 4 bits become bf16 inside them (W4A16, as in slime's INT4 rollouts)."""
         width = self.plan.weights_dtype_bytes
-        return "fp32" if width == 4 else "bf16" if width == 2 else "fp8-blockwise"
+        return "fp32" if width == 4 else "fp8-blockwise" if width == 1 else "bf16"
 
     @property
     def tokens_verified(self) -> int:
@@ -135,7 +135,11 @@ class GenerationEngine:
         return seconds
 
     def prefill_seconds(self, tokens: float, prompt_tokens: float) -> float:
-        """Seconds of one replica to compute prompts of `tokens` in all, in chunks, causal attention over each prompt."""
+        """Seconds of one replica to compute prompts of `tokens` in all, in chunks, causal attention over each prompt.
+
+        With pp > 1 a stage works on a chunk while the next one works on the chunk before; the last chunk still goes through
+        all of them.
+        """
         if tokens <= 0:
             return 0.0
         chunk = min(tokens, PREFILL_CHUNK_TOKENS)
@@ -143,8 +147,8 @@ class GenerationEngine:
         widths = shape.mla.nope_dim + shape.mla.rope_dim + shape.mla.value_dim if shape.mla is not None else 2 * shape.head_dim
         attention_flops = shape.num_heads / self.plan.tp * widths * prompt_tokens * shape.num_layers / self.plan.pp
         attention = attention_flops / (CACHE_FLOPS_FRACTION * self.device.bf16_flops_per_second)
-        chunk_seconds = self._pass_seconds(chunk, all_logits=False) + HOST_STEP_SECONDS
-        return tokens * (chunk_seconds / chunk + attention)
+        stage_seconds = self._pass_seconds(chunk, all_logits=False) + chunk * attention
+        return tokens / chunk * (stage_seconds + HOST_STEP_SECONDS) + (self.plan.pp - 1) * stage_seconds
 
     def _pass_seconds(self, rows: float, all_logits: bool) -> float:
         """One pipeline rank's part of a pass over `rows` tokens in each replica, with the mean rank's share of layers."""
@@ -162,7 +166,7 @@ class GenerationEngine:
 
     def _layer_seconds(self, layer: int, rows: float) -> float:
         """One layer over `rows` tokens of each replica; without decode attention's reading of the cache."""
-        shape, plan, device, precision = self.shape, self.plan, self.device, self.precision
+        shape, plan, device = self.shape, self.plan, self.device
         hidden, tp = shape.hidden_size, plan.tp
         seconds = self._projection_seconds(rows)
         hidden_bytes = rows * hidden * 2
@@ -181,12 +185,10 @@ class GenerationEngine:
             width = moe.expert_intermediate_size / (tp if plan.ep == 1 else 1)
             per_group = all_rows * moe.top_k / plan.ep / groups
             for columns, inner in ((2 * width, hidden), (hidden, width)):
-                seconds += grouped_gemm_seconds(
-                    device, math.ceil(groups), per_group, columns, inner, precision, sustained=False
-                )
+                seconds += self._product_seconds(per_group, columns, inner, math.ceil(groups))
             if plan.ep > tp:  # a rank of a replica sends the replica's tokens that are its own
                 arguments = (hidden, moe, plan.ep, min(plan.ep, device.gpus_per_node))
-                wire = 1 if precision == "fp8-blockwise" else 2
+                wire = 1 if self.precision == "fp8-blockwise" else 2
                 for dtype_bytes in (wire, 2):  # there and back
                     many = expert_exchange_seconds(device, rows / tp, *arguments, dtype_bytes, "deepep")
                     few = low_latency_seconds(device, rows / tp, *arguments, dtype_bytes)
@@ -201,7 +203,7 @@ class GenerationEngine:
 
     def _projection_seconds(self, rows: float) -> float:
         """Products around attention. Decoding with latent attention multiplies queries and outputs per head (absorbed)."""
-        shape, tp, precision = self.shape, self.plan.tp, self.precision
+        shape, tp = self.shape, self.plan.tp
         heads, hidden, mla = shape.num_heads / tp, shape.hidden_size, shape.mla
         if mla is None:
             kv_heads = max(1.0, shape.num_kv_heads / tp)
@@ -210,17 +212,20 @@ class GenerationEngine:
             query = heads * (mla.nope_dim + mla.rope_dim)
             products = [(mla.q_rank + mla.kv_rank + mla.rope_dim, hidden), (query, mla.q_rank or hidden)]
             products += [(hidden, heads * mla.value_dim)]
-        seconds = sum(gemm_seconds(self.device, rows, n, k, precision, sustained=False) for n, k in products)
+        seconds = sum(self._product_seconds(rows, n, k) for n, k in products)
         if mla is not None:
             for n, k in ((mla.kv_rank, mla.nope_dim), (mla.value_dim, mla.kv_rank)):
                 seconds += grouped_gemm_seconds(self.device, math.ceil(heads), rows, n, k, "bf16", sustained=False)
         return seconds
 
     def _mlp_seconds(self, rows: float, width: float) -> float:
-        hidden, precision = self.shape.hidden_size, self.precision
-        return gemm_seconds(self.device, rows, 2 * width, hidden, precision, sustained=False) + gemm_seconds(
-            self.device, rows, hidden, width, precision, sustained=False
-        )
+        hidden = self.shape.hidden_size
+        return self._product_seconds(rows, 2 * width, hidden) + self._product_seconds(rows, hidden, width)
+
+    def _product_seconds(self, rows: float, n: float, k: float, groups: int = 1) -> float:
+        """Products [rows, k] x [k, n] with matrices of a layer, as many as `groups` in one kernel."""
+        weight_bytes = self.plan.weights_dtype_bytes
+        return grouped_gemm_seconds(self.device, groups, rows, n, k, self.precision, sustained=False, weight_bytes=weight_bytes)
 
     def _head_seconds(self, rows: float) -> float:
         """The head's product over a tp rank's part of the vocabulary, and sampling from all of it on every rank."""

@@ -63,6 +63,8 @@ SPLIT_SECONDS = 2.7e-6
 """Of adding up the parts of a product that was split along k, beside their bytes."""
 TILES = ((128, 256), (128, 128), (64, 128))
 """Rows and columns of the output that one multiprocessor computes at a time."""
+WIDENING_TILES = ((16, 128),)
+"""More of them in kernels that read weights of 4 bits and widen them (Marlin): made for few rows, and in none of the tables."""
 SPLITS = (1, 2, 4, 8, 16)
 """Parts along k that one tile is cut into ..."""
 MIN_SPLIT_DEPTH = 128
@@ -124,9 +126,19 @@ def gemm_seconds(
 
 
 def grouped_gemm_seconds(
-    device: DeviceFacts, groups: int, rows_per_group: float, n: float, k: float, precision: Precision, sustained: bool = True
+    device: DeviceFacts,
+    groups: int,
+    rows_per_group: float,
+    n: float,
+    k: float,
+    precision: Precision,
+    sustained: bool = True,
+    weight_bytes: float | None = None,
 ) -> float:
     """`groups` products [rows, k] x [k, n] in one kernel: the experts of one rank, equally loaded. As `gemm_seconds`.
+
+    `weight_bytes`: of an element of the [k, n] matrices as they are read, where that is narrower than the `precision` that
+    multiplies them.
 
     Nothing more is needed for groups than their tiles: of DeepGEMM's grouped products on H800, those of 4096 or more rows a
     group come out within 7%, those of 256 rows up to 24% too fast.
@@ -136,8 +148,10 @@ def grouped_gemm_seconds(
     rate *= sustained_fraction(device, precision) if sustained else 1.0
     wave = WAVE_SECONDS[device.architecture][precision]
     memory_rate = HBM_FRACTION[device.architecture] * device.hbm_bytes_per_second
+    element_bytes = ELEMENT_BYTES[precision]
+    weight_bytes = weight_bytes or element_bytes
     candidates = []
-    for rows, columns in TILES:
+    for rows, columns in TILES + (WIDENING_TILES if weight_bytes < element_bytes else ()):
         tiles = groups * math.ceil(rows_per_group / rows) * math.ceil(n / columns)
         for split in SPLITS:
             if split > 1 and (tiles >= device.streaming_multiprocessors or k < MIN_SPLIT_DEPTH * split):
@@ -147,8 +161,8 @@ def grouped_gemm_seconds(
             if split > 1:  # parts are written and read in fp32
                 seconds += SPLIT_SECONDS + 8 * split * groups * rows_per_group * n / memory_rate
             candidates.append(seconds)
-    element_bytes = ELEMENT_BYTES[precision]
-    moved_bytes = groups * ((rows_per_group + n) * k * element_bytes + rows_per_group * n * max(2, element_bytes))
+    inputs_bytes = (rows_per_group * element_bytes + n * weight_bytes) * k
+    moved_bytes = groups * (inputs_bytes + rows_per_group * n * max(2, element_bytes))
     return LAUNCH_SECONDS[device.architecture] + max(min(candidates), moved_bytes / memory_rate)
 
 

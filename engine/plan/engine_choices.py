@@ -97,8 +97,7 @@ def _sequences(run: PlannedRun) -> float:
     """That one replica decodes at once. Raises InputError where its memory holds none."""
     plan, engine = run.rollout, GenerationEngine.of(run)
     lengths = ResponseLengths.of(plan.mean_response_tokens, plan.max_response_tokens, plan.response_spread)
-    samples = plan.prompts_per_step * plan.group_size * (plan.steps_ahead if plan.steps_ahead > 1 and plan.continuous else 1)
-    return most_active(engine, lengths, -(-samples // (engine.count * engine.replicas)))
+    return most_active(engine, lengths)
 
 
 def shares_weights(plan: RolloutPlan) -> bool:

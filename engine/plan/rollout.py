@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from .decode import GenerationEngine
 from .lengths import ResponseLengths
 from .rollout_memory import rollout_kv_cache_bytes, sequence_cache_bytes
-from .run import PlannedRun
+from .run import PlannedRun, RolloutPlan
 
 CURVE_POINTS = 400
 """Of the curve of active sequences; each stands for an equal number of decoding steps."""
@@ -65,19 +65,18 @@ def rollout_time(run: PlannedRun) -> RolloutTime:
     """Predict generation of one step's samples.
 
     Samples are dealt evenly to the engines. The engine followed is the one with the longest response of all: its others are
-    the quantiles of the lengths, in an order that mixes them. Prompts are computed once a group. Raises InputError as
-    `GenerationEngine.of` and `ResponseLengths.of` do.
+    the quantiles of the lengths, in an order that mixes them. A prompt is computed and held once for its samples on a replica.
+    Raises InputError as `GenerationEngine.of` and `ResponseLengths.of` do.
     """
     plan, engine = run.rollout, GenerationEngine.of(run)
     lengths = ResponseLengths.of(plan.mean_response_tokens, plan.max_response_tokens, plan.response_spread)
     samples = plan.prompts_per_step * plan.group_size
     replicas = engine.count * engine.replicas
     share = samples / replicas
-    prompts = max(1.0, plan.prompts_per_step / replicas)  # a replica with one sample of a group computes its whole prompt
+    prompts = max(1.0, share) / samples_of_a_prompt(engine)
     prefill = engine.prefill_seconds(prompts * plan.prompt_tokens, plan.prompt_tokens)
-    slots = most_active(engine, lengths, -(-samples // replicas))
-    if plan.steps_ahead > 1 and plan.continuous:
-        slots = most_active(engine, lengths, -(-samples * plan.steps_ahead // replicas))
+    slots = most_active(engine, lengths)
+    if _never_drains(plan):
         age = lengths.token_weighted_mean_tokens / 2
         seconds = share * lengths.mean_tokens / plan.speculative_tokens / slots
         seconds *= engine.step_seconds(slots, plan.prompt_tokens + age)
@@ -99,18 +98,41 @@ def rollout_time(run: PlannedRun) -> RolloutTime:
     )
 
 
-def most_active(engine: GenerationEngine, lengths: ResponseLengths, sequences: int) -> float:
+def most_active(engine: GenerationEngine, lengths: ResponseLengths) -> float:
     """Sequences that one replica decodes at once: all there are, max_sequences, or what its cache holds.
 
     The cache must hold the larger of two: sequences that started together at their fullest moment, and the mean of sequences
-    of all ages (a random one is at half of a token-weighted length).
+    of all ages (a random one is at half of a token-weighted length). A prompt's keys and values are held once for its samples
+    on the replica, until the last of these ends; half of a group, on average, starts while the others still wait.
     """
-    run, prompt_tokens = engine.run, engine.plan.prompt_tokens
+    run, plan, group = engine.run, engine.plan, samples_of_a_prompt(engine)
+    samples = plan.prompts_per_step * plan.group_size * (plan.steps_ahead if _never_drains(plan) else 1)
+    sequences = -(-samples // (engine.count * engine.replicas))
     tokens = np.linspace(0, lengths.max_tokens, 200)
-    together = float(np.max(lengths.survival(tokens) * sequence_cache_bytes(run, prompt_tokens + tokens)))
-    mixed = float(sequence_cache_bytes(run, prompt_tokens + lengths.token_weighted_mean_tokens / 2))
-    held = rollout_kv_cache_bytes(run) / max(together, mixed)
-    return float(min(sequences, engine.plan.max_sequences / engine.replicas, held))
+    alive = lengths.survival(tokens)
+    stay = lengths.expected_max_tokens(group) / lengths.mean_tokens  # of a prompt, over that of a sequence
+    # Of every age of those that started together, and last of the mixed ages:
+    ages = np.append(tokens, lengths.token_weighted_mean_tokens / 2)
+    prompts = np.append(np.ones_like(tokens), stay) / group  # held for each sequence ...
+    own_bytes = np.append(alive, 1.0) * sequence_cache_bytes(run, ages)
+    prompt_bytes = sequence_cache_bytes(run, plan.prompt_tokens + ages) - sequence_cache_bytes(run, ages)
+    prompt_bytes *= np.append(1 - (1 - alive) ** group, 1.0)  # ... while one of its samples decodes
+    cache_bytes, waiting = rollout_kv_cache_bytes(run), (1 - 1 / group) / 2
+    with np.errstate(divide="ignore", invalid="ignore"):  # where nothing is left that needs memory
+        beside_prompts = (cache_bytes - waiting * prompt_bytes) / (own_bytes + prompts * prompt_bytes)
+        beside_one, beside_all = ((cache_bytes - count * prompt_bytes) / own_bytes for count in (1, sequences / group))
+    held = float(np.min(np.fmax(np.fmin(beside_prompts, beside_one), beside_all)))
+    return min(float(sequences), plan.max_sequences / engine.replicas, max(1.0, held))
+
+
+def samples_of_a_prompt(engine: GenerationEngine) -> float:
+    """Samples of a group on one replica: all of them, unless a step has fewer prompts than there are replicas."""
+    share = engine.plan.prompts_per_step * engine.plan.group_size / (engine.count * engine.replicas)
+    return min(float(engine.plan.group_size), max(1.0, share))
+
+
+def _never_drains(plan: RolloutPlan) -> bool:
+    return plan.steps_ahead > 1 and plan.continuous
 
 
 def _drained(

@@ -13,19 +13,22 @@ from .run import PlannedRun
 from .shape import ModelShape
 from .states import attention_rank_matrices, rank_state_bytes
 
+LEAST_BYTES_OUTSIDE_MATRICES = 2
+"""Of a weight that isn't in a layer's matrices: embedding, head, router, norms and biases stay in 16 bits beside matrices of
+fewer (DeepSeek-V3's FP8 checkpoint; head and router are what recipes for vLLM and SGLang leave out)."""
+
 
 def rollout_weight_bytes(run: PlannedRun) -> float:
     """Weights on one GPU of a rollout engine with a layout of its own: tp splits matrices, attention as in training
     (`attention_rank_matrices`: some of it is on every rank), ep (if larger) the experts; the mean over its pipeline ranks."""
     rollout, shape, counts = run.rollout, run.shape, parameters(run.shape)
-    experts = counts["experts"] / max(rollout.ep, rollout.tp)
-    replicated = counts["norms"] + counts["router"]
-    attention = shape.num_layers * attention_rank_matrices(shape, rollout.tp)
+    matrices = counts["experts"] / max(rollout.ep, rollout.tp) + shape.num_layers * attention_rank_matrices(shape, rollout.tp)
+    matrices += (counts["dense_mlp"] + counts["shared_experts"]) / rollout.tp
     vectors = counts["attention"] - shape.num_layers * attention_rank_matrices(shape, 1)
-    split = vectors + counts["dense_mlp"] + counts["shared_experts"] + counts["embedding"] + counts["head"]
     tied_head = counts["embedding"] if shape.tie_embeddings and rollout.pp > 1 else 0
-    held = experts + replicated + attention + (split + tied_head) / rollout.tp
-    return held / rollout.pp * rollout.weights_dtype_bytes
+    rest = counts["norms"] + counts["router"] + (vectors + counts["embedding"] + counts["head"] + tied_head) / rollout.tp
+    width = rollout.weights_dtype_bytes
+    return (matrices * width + rest * max(width, LEAST_BYTES_OUTSIDE_MATRICES)) / rollout.pp
 
 
 def generating_weight_bytes(run: PlannedRun) -> float:

@@ -118,7 +118,7 @@ class RolloutPlan:
     ep: int = 1
     """Expert-parallel GPUs of one engine; data-parallel attention where it exceeds tp."""
     weights_dtype_bytes: float = 2
-    """1 for FP8 weights."""
+    """Of a weight in the layers' matrices: 1 for FP8; 0.5 for 4 bits, multiplied in bf16. All others have at least 2."""
     kv_dtype_bytes: int = 2
     """Of an element of the KV cache; 1 for FP8."""
     memory_fraction: float = 0.8

@@ -180,9 +180,8 @@ def _device_problems(run: "PlannedRun") -> Iterator[Problem]:
         return
     if run.training.precision.startswith("fp8"):
         yield Problem("training.precision", run.training.precision, f"{run.device} has no FP8 products", ("bf16",))
-    if run.rollout is not None and run.rollout.weights_dtype_bytes < 2:
-        value = run.rollout.weights_dtype_bytes
-        yield Problem("rollout.weights_dtype_bytes", value, f"{run.device} has no FP8 products", (2,))
+    if run.rollout is not None and run.rollout.weights_dtype_bytes == 1:
+        yield Problem("rollout.weights_dtype_bytes", 1, f"{run.device} has no FP8 products", (2,))
 
 
 def _placement_problems(run: "PlannedRun") -> Iterator[Problem]:

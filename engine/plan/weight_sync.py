@@ -54,7 +54,7 @@ def _sync_time(run: PlannedRun) -> WeightSyncTime:
     if tier == "alias":
         return WeightSyncTime(tier, 0.0, 0.0)
     if tier == "local_copy":
-        read = weight_bytes * TRAINER_BYTES / run.rollout.weights_dtype_bytes
+        read = rollout_weight_bytes(replace(run, rollout=replace(run.rollout, weights_dtype_bytes=TRAINER_BYTES)))
         return WeightSyncTime(tier, 0.0, memory_bound_seconds(device, read + weight_bytes))
     in_one_node = run.gpus <= device.gpus_per_node
     link = device.nvlink_bytes_per_second if in_one_node else device.nic_bytes_per_second
