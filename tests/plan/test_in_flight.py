@@ -70,9 +70,9 @@ def test_chunks_of_different_size_by_hand():
 
 
 def test_a_division_that_fits_only_on_average():
-    """A rank's first four chunks have 2 layers, the others 1. After 34 forwards rank 0 holds 6 micro-batches of chunk 0, 4 of each
-    other one, 52 layers. The next 14 forwards, 2 of chunk 0 and 4 of each of 1, 2 and 3, take 2 layers, the backwards between
-    them, of chunks 7 to 4, free 1: 52 + 14 x 2 - 13 = 67. (Of equal chunks it would hold 35 / 8 of its 12 layers, 52.5.)"""
+    """A rank's first four chunks have 2 layers, the others 1. After 34 forwards rank 0 holds 6 micro-batches of chunk 0, 4 of
+    each other one, 52 layers. The next 14 forwards, 2 of chunk 0 and 4 of each of 1, 2 and 3, take 2 layers, the backwards
+    between them, of chunks 7 to 4, free 1: 52 + 14 x 2 - 13 = 67. (Of equal chunks it would hold 35 / 8 of its 12 layers.)"""
     layout = Layout(pp=4, vpp=8, schedule="interleaved", ep=16)
     run = planned(QWEN_30B, 256, layout, micro_batch_sequences=2, global_batch_sequences=2048)
     assert [len(chunk) for chunk in run.chunks()][::4] == [2, 2, 2, 2, 1, 1, 1, 1]
