@@ -7,12 +7,13 @@ import pytest
 
 from strop.engine.config import Layout
 from strop.engine.plan.devices import device_named
-from strop.engine.plan.layer_exchange import layer_exchanges
-from strop.engine.plan.layer_time import Work, layer_operations
+from strop.engine.plan.layer_exchange import Exchange, column, gathered_weights, layer_exchanges, row
+from strop.engine.plan.layer_time import Operation, Work, layer_operations
 from strop.engine.plan.models import SHAPES
 from strop.engine.plan.run import PlannedRun, TrainingPlan
+from strop.engine.plan.states import layer_rank_parameters
 
-DENSE, LATENT = SHAPES["llama3-70b"], SHAPES["deepseek-v3"]
+DENSE, MOE, LATENT = (SHAPES[name] for name in ("llama3-70b", "qwen3-30b-a3b", "deepseek-v3"))
 TOKENS = 4096
 
 
@@ -90,3 +91,66 @@ def test_a_ring_passes_on_no_copies_of_key_value_heads():
         ("send_recv", "forward"): 7 * block,
         ("send_recv", "backward"): 2 * 7 * block,
     }
+
+
+CHANNELS = 16 / (132 - 16)  # an H100's multiprocessors that NCCL holds, over those that are left
+
+
+@pytest.mark.parametrize("overlap, in_pieces", [(True, 1 / 4), (False, 1)])
+def test_a_collective_in_pieces_shows_one_of_them(overlap, in_pieces):
+    """Beside products that are long enough: of tp 4 pieces the first (of a gathering) or the last (of a scattering). A whole
+    collective beside a whole product shows by how much it slows that product down."""
+    work = Work(planned(DENSE, 8, Layout(tp=4, sp=True), overlap_tensor=overlap), device_named("h100"))
+    product = Operation("a long product", 1.0, 1.0, 1.0)
+    exchanges = column(work, 1e8, product) + row(work, 1e8, product)
+    shown = [(one.direction, one.kind, one.exposed_seconds / one.seconds) for one in exchanges]
+    whole = pytest.approx(CHANNELS / (1 + CHANNELS))
+    assert shown == [
+        ("forward", "all_gather", pytest.approx(in_pieces)),
+        ("backward", "all_gather", whole),
+        ("backward", "reduce_scatter", whole),
+        ("forward", "reduce_scatter", pytest.approx(in_pieces)),
+        ("backward", "all_gather", pytest.approx(in_pieces)),
+    ]
+
+
+def test_a_hop_of_a_ring_has_the_attention_of_one_block_beside_it():
+    """With attention as long as one hop, 4 ranks have a quarter of it beside each of 3 hops."""
+    work = Work(planned(DENSE, 32, Layout(cp=4)), device_named("h100"))
+    operations = {one.name: one for one in layer_operations(work, 5)}
+    forward, backward = (one.seconds / 3 for one in layer_exchanges(work, 5, operations))
+    operations["core_attention"] = Operation("core_attention", forward, backward)
+    for one, hop_seconds in zip(layer_exchanges(work, 5, operations), (forward, backward), strict=True):
+        assert one.count == 3 and one.exposed_seconds == pytest.approx(3 * (1 - 1 / 4) * hop_seconds)
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "deepep"])
+def test_all_wait_for_the_busiest_rank_of_experts(dispatcher):
+    """It gets 1.5 times the mean of the tokens, and so do its dispatch and its combine take."""
+
+    def seconds(**training) -> list[float]:
+        work = Work(planned(MOE, 16, Layout(ep=8), dispatcher=dispatcher, **training), device_named("h100"))
+        operations = {one.name: one for one in layer_operations(work, 0)}
+        return [one.seconds for one in layer_exchanges(work, 0, operations)]
+
+    even = seconds()
+    assert len(even) == 4 and seconds(expert_imbalance=1.5) == pytest.approx([1.5 * one for one in even])
+
+
+@pytest.mark.parametrize(
+    "ep, paired, beside",
+    [
+        (8, False, 0.4 + 0.2),  # inside a node, while weights of 16 GPUs need the network: they travel on while tokens do
+        (8, True, 0.4),  # tokens travel beside the other pass of a pair, so that nothing waits for them
+        (16, False, 0.4 + 0.2 - 0.2),  # the wait for tokens is of no use, since they hold the network themselves
+        (16, True, 0.4 - 0.2),
+    ],
+)
+def test_weights_are_gathered_beside_computation_and_waiting_for_other_links(ep, paired, beside):
+    """Computation for 0.4 and tokens for 0.2 of the seconds that the weights of a layer take."""
+    run = planned(MOE, 16, Layout(ep=ep), fsdp=True, overlap_expert=paired)
+    work, held = Work(run, device_named("h100")), layer_rank_parameters(run, 0)
+    total = sum(one.seconds for one in gathered_weights(work, held, [], {"forward": 0.0}))
+    tokens = Exchange("ep", "dispatch", "forward", 0.0, 0.2 * total, 0.2 * total)
+    exchanges = gathered_weights(work, held, [tokens], {"forward": 0.4 * total})
+    assert sum(one.exposed_seconds for one in exchanges) == pytest.approx((1 - beside) * total)
