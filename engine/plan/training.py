@@ -41,10 +41,17 @@ PARTS = (
     "forward", "backward_input", "backward_weight", "recompute", "launch", "exposed_tensor", "exposed_context",
     "exposed_expert", "exposed_pipeline", "bubble", "exposed_data", "optimizer",
 )  # fmt: skip
-"""Of StepTime.parts_seconds. The first four are computation, launch is time in which the GPU waits for its CPU."""
+"""Of StepTime.parts_seconds. The first four are computation, launch is what an eager step loses between kernels."""
 EAGER_GAP_SECONDS = 9e-6
-"""Between one kernel's end and the next one's start in an eager step, beyond what efficiency.LAUNCH_SECONDS has: the CPU's
-PyTorch, autograd and Python don't stay ahead of the GPU. Fitted on rows (benchmarks/planner.py --fit)."""
+"""Lost from one kernel's end to the next one's start in an eager step, beyond what efficiency.LAUNCH_SECONDS has. Fitted on
+rows (benchmarks/planner.py --fit).
+
+It stands for two things that the rows don't tell apart: waiting for the CPU's PyTorch, autograd and Python where they don't
+stay ahead (short kernels; after a dropless router has synchronised with the host), and whatever else of a GPU-bound pass grows
+with the number of its kernels. It is added to every kernel, however long. Charging a pass with the CPU's seconds beyond the
+GPU's alone, and a router with its stall, fits worse: FUSED_PASSES becomes 3.5 in its place, near that of eager code, and the
+farthest fitted row is off by 31% instead of 25%. Where kernels are long the CPU runs ahead, so that the gain of cuda_graphs is
+an upper bound there, and so is what more tensor-parallel ranks or smaller micro-batches cost by having more kernels."""
 EXPOSED_PART = {"tp": "exposed_tensor", "cp": "exposed_context", "ep": "exposed_expert", "etp": "exposed_expert"}
 
 
