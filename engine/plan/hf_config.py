@@ -1,36 +1,63 @@
 """Hugging Face's config.json -> ModelShape, for every family that the planner knows.
 
 Keys that change no parameter, operation or byte are ignored (unlike in `engine.model.config`, which runs the model). Whatever
-does change them and isn't modelled is an InputError: a plan of another model would look as good as the right one.
+does change them and isn't modelled is an InputError: a plan of another model would look as good as the right one. Where only a
+part of the model is planned, or its checkpoint is narrower than the plan's weights, the shape's notes say so.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..model.config import ConfigEntries
 from .shape import MlaShape, ModelShape, MoeShape
 
-PLANNABLE_FAMILIES = (
-    "llama", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss",
-)  # fmt: skip
+DENSE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+PLANNABLE_FAMILIES = (*DENSE_FAMILIES, "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss")
 """Values of model_type that can be planned."""
+SAME_AS = {
+    "kimi_k2": "deepseek_v3", "qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3",
+    "qwen3_vl_moe_text": "qwen3_moe",
+}  # fmt: skip
+"""Other values of model_type, and the family whose parameters, operations and keys they have."""
+MOST_LAYERS = 1000
+"""Eight times those of the deepest published models; a mistyped number would keep the planner busy for minutes."""
 
 
 def read_shape(entries: Mapping[str, Any], where: str) -> ModelShape:
-    """The shape of the model that a config.json describes; `where` (its path) appears in error messages.
+    """The shape of the model that a config.json describes; `where` (its path) appears in error messages. Of a model that sees
+    or hears, its text_config's.
 
     Raises InputError for an unknown family, a missing or ill-typed entry, dimensions that contradict each other, and features
     that would change the counts but are not modelled.
     """
-    return _ShapeReader(entries, where).read()
+    text = entries.get("text_config")
+    if not isinstance(text, Mapping) or family_of(entries) is not None:
+        return _ShapeReader(entries, where).read()
+    if family_of(text) is None:
+        ConfigEntries(text, where).fail(
+            f"neither model_type {entries.get('model_type')!r} nor that of its text_config, {text.get('model_type')!r}, can be "
+            f"planned: use one of {', '.join(PLANNABLE_FAMILIES)}"
+        )
+    # The head is the whole model's, so its own entry decides; what transformers writes into the part may be a default.
+    shared = {key: entries[key] for key in ("tie_word_embeddings", "quantization_config") if entries.get(key) is not None}
+    shape = _ShapeReader({**text, **shared}, f"{where}, text_config").read()
+    return replace(shape, notes=(f"Planned is the text model of this {entries.get('model_type')} alone.", *shape.notes))
+
+
+def family_of(entries: Mapping[str, Any]) -> str | None:
+    """The plannable family of a config.json, if it names one."""
+    kind = entries.get("model_type")
+    family = SAME_AS.get(kind, kind) if isinstance(kind, str) else None
+    return family if family in PLANNABLE_FAMILIES else None
 
 
 class _ShapeReader(ConfigEntries):
     def read(self) -> ModelShape:
         family = self._family()
         self._refuse_what_is_not_modelled(family)
-        layers, hidden, heads = self.count("num_hidden_layers"), self.count("hidden_size"), self.count("num_attention_heads")
+        layers, hidden, heads = self._layers(), self.count("hidden_size"), self.count("num_attention_heads")
         mla = self._mla() if family.startswith("deepseek") else None
         moe = self._moe(family, layers)
         has_dense_layers = moe is None or moe.num_dense_layers > 0
@@ -52,16 +79,37 @@ class _ShapeReader(ConfigEntries):
             mla=mla,
             moe=moe,
             num_mtp_layers=self._mtp_layers() if family == "deepseek_v3" else 0,
+            notes=self._notes(),
         )
 
     def _family(self) -> str:
-        family = self.left.pop("model_type", None)
-        if family not in PLANNABLE_FAMILIES:
-            self.fail(f"model_type {family!r} can't be planned: use one of {', '.join(PLANNABLE_FAMILIES)}")
-        for architecture in self.left.pop("architectures", None) or ():
+        family = family_of(self.left)
+        if family is None:
+            known = ", ".join(PLANNABLE_FAMILIES)
+            self.fail(f"model_type {self.left.get('model_type')!r} can't be planned: use one of {known}")
+        architectures = self.left.pop("architectures", None) or []
+        if not isinstance(architectures, list):
+            self.fail(f"'architectures' is {architectures!r}: it must be a list")
+        for architecture in architectures:
             if not str(architecture).endswith("ForCausalLM"):
                 self.fail(f"architectures {architecture!r}: only language models (...ForCausalLM) can be planned")
         return family
+
+    def _layers(self) -> int:
+        layers = self.count("num_hidden_layers")
+        if layers > MOST_LAYERS:
+            self.fail(f"num_hidden_layers {layers}: at most {MOST_LAYERS} can be planned")
+        return layers
+
+    def _notes(self) -> tuple[str, ...]:
+        quantization = self.left.get("quantization_config")
+        if not quantization:
+            return ()
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+        return (
+            f"The checkpoint is quantized{f' ({method})' if method else ''}, its plan is not: weights are as wide as "
+            "--training.weights-dtype-bytes and --rollout.weights-dtype-bytes say.",
+        )
 
     def _refuse_what_is_not_modelled(self, family: str) -> None:
         """Features that would change the parameters or operations, one message each."""
@@ -100,7 +148,7 @@ class _ShapeReader(ConfigEntries):
         )
 
     def _moe(self, family: str, layers: int) -> MoeShape | None:
-        if family in ("llama", "qwen2", "qwen3"):
+        if family in DENSE_FAMILIES:
             return None
         latent = family.startswith("deepseek")
         experts = self._experts("n_routed_experts" if latent else "num_local_experts", "num_experts")
@@ -168,11 +216,15 @@ class _ShapeReader(ConfigEntries):
             self.fail(f"layer_types {sorted(set(kinds))} x {len(kinds)} is not planned: full_attention x {layers} is")
         if self.boolean("use_sliding_window", default=False):
             self.fail("use_sliding_window True is not planned: only full attention is")
-        if family in ("llama", "mixtral") and self.left.get("sliding_window") is not None:
+        if family == "mistral" and "sliding_window" not in self.left:
+            self.fail("'sliding_window' is missing, which means 4096: only full attention (null) is planned")
+        if family in ("llama", "mistral", "mixtral") and self.left.get("sliding_window") is not None:
             self.fail(f"sliding_window {self.left['sliding_window']} is not planned: only full attention (null) is")
         return 0
 
     def _mtp_layers(self) -> int:
-        if self.left.get("num_nextn_predict_layers") is None:
-            return self.count("num_mtp_layers", default=0, minimum=0)
-        return self.count("num_nextn_predict_layers", minimum=0)
+        key = "num_mtp_layers" if self.left.get("num_nextn_predict_layers") is None else "num_nextn_predict_layers"
+        layers = self.count(key, default=0, minimum=0)
+        if layers > MOST_LAYERS:
+            self.fail(f"{key} {layers}: at most {MOST_LAYERS} can be planned")
+        return layers

@@ -1,7 +1,7 @@
 """What the planner must know of a model: its dimensions. It plans more families than the engine runs yet."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..model.config import ModelConfig
@@ -76,6 +76,8 @@ class ModelShape:
     moe: MoeShape | None = None
     num_mtp_layers: int = 0
     """Multi-token-prediction modules (DeepSeek-V3, arXiv 2412.19437, section 2.2); each shares embedding and head."""
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """What a plan of the model leaves out, for people."""
 
     def kind(self, layer: int) -> LayerKind:
         """Kind of the layer of this index, 0 <= layer < num_layers; MTP modules have the kind of the last layer."""

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.modeling_layers import MtpModel
 
 from strop.engine.config import InputError
 from strop.engine.model.config import ModelConfig
-from strop.engine.plan.facts import parameters, total_parameters
+from strop.engine.plan.facts import active_parameters, parameters, total_parameters
 from strop.engine.plan.hf_config import PLANNABLE_FAMILIES
 from strop.engine.plan.models import SHAPES
 from strop.engine.plan.shape import ModelShape
@@ -45,6 +45,16 @@ DEEPSEEK_V2_LITE = {
     "n_shared_experts": 2, "n_routed_experts": 64, "q_lora_rank": None, "kv_lora_rank": 512, "qk_rope_head_dim": 64,
     "qk_nope_head_dim": 128, "v_head_dim": 128, "topk_method": "greedy", "n_group": 1, "topk_group": 1,
     "num_experts_per_tok": 6, "moe_layer_freq": 1, "first_k_dense_replace": 1,
+}  # fmt: skip
+KIMI_K2 = DEEPSEEK_V3 | {
+    "model_type": "kimi_k2", "vocab_size": 163840, "num_attention_heads": 64, "num_key_value_heads": 64, "n_group": 1,
+    "topk_group": 1, "n_routed_experts": 384, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0,
+    "quantization_config": {"quant_method": "fp8"},
+}  # fmt: skip
+MISTRAL_7B = {
+    "architectures": ["MistralForCausalLM"], "model_type": "mistral", "vocab_size": 32768, "hidden_size": 4096,
+    "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "sliding_window": None, "tie_word_embeddings": False,
 }  # fmt: skip
 QWEN2_57B = {
     "model_type": "qwen2_moe", "vocab_size": 151936, "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28,
@@ -116,6 +126,43 @@ def test_deepseek_v2_lite() -> None:
     assert shape.mla.q_rank == 0 and not shape.moe.router_bias and shape.moe.num_groups == 1
 
 
+def test_mistral() -> None:
+    shape = read(MISTRAL_7B)
+    assert total_parameters(shape) == built_parameters(built(MISTRAL_7B)) == 7_248_023_552  # of version 0.3's checkpoint
+    assert replace(shape, name="", vocab_size=128256) == replace(SHAPES["llama3-8b"], name="")
+
+
+def test_kimi_k2_is_of_deepseek_v3s_architecture() -> None:
+    """Its files' own code is a copy of it. The card: 1T parameters, 32B of them activated."""
+    shape = read(KIMI_K2)
+    assert total_parameters(shape) == built_parameters(built(KIMI_K2 | {"model_type": "deepseek_v3"}))
+    assert 1.02e12 < total_parameters(shape) < 1.03e12 and 31e9 < active_parameters(shape, embedding=False) < 33e9
+    [note] = shape.notes
+    assert "quantized (fp8)" in note and "--rollout.weights-dtype-bytes" in note
+    assert not read(KIMI_K2 | {"quantization_config": None}).notes
+
+
+def test_the_text_model_of_one_that_sees() -> None:
+    text = PUBLISHED["qwen3-30b-a3b"] | {"model_type": "qwen3_vl_moe_text", "num_hidden_layers": 4}
+    vision = {"hidden_size": 64, "num_heads": 4, "depth": 2, "intermediate_size": 64, "out_hidden_size": 2048}
+    entries = {
+        "model_type": "qwen3_vl_moe", "architectures": ["Qwen3VLMoeForConditionalGeneration"], "text_config": text,
+        "vision_config": vision, "tie_word_embeddings": False,
+    }  # fmt: skip
+    config = AutoConfig.for_model(**entries)
+    with torch.device("meta"):
+        whole = AutoModelForImageTextToText.from_config(config)
+    shape = read(entries)
+    assert total_parameters(shape) == built_parameters(whole) - built_parameters(whole.model.visual)
+    assert replace(shape, name="") == replace(SHAPES["qwen3-30b-a3b"], name="", num_layers=4)
+    assert shape.notes == ("Planned is the text model of this qwen3_vl_moe alone.",)
+    assert read(entries | {"tie_word_embeddings": True}).tie_embeddings
+    with pytest.raises(InputError, match="text_config: 'hidden_size' is missing"):
+        read(entries | {"text_config": text | {"hidden_size": None}})
+    with pytest.raises(InputError, match="nor that of its text_config, 'gemma3_text', can be planned"):
+        read({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}})
+
+
 def test_mtp_module() -> None:
     model = built(DEEPSEEK_V3 | {"num_hidden_layers": 4})
     with torch.device("meta"):
@@ -129,7 +176,7 @@ def test_mtp_module() -> None:
 @pytest.mark.parametrize("family", PLANNABLE_FAMILIES)
 def test_what_transformers_writes_is_read(family: str) -> None:
     """A config.json of today's transformers, whose keys differ from the published ones (num_local_experts, rope_parameters)."""
-    entries = {entry["model_type"]: entry for entry in (*PUBLISHED.values(), DEEPSEEK_V2_LITE)}[family]
+    entries = {entry["model_type"]: entry for entry in (*PUBLISHED.values(), DEEPSEEK_V2_LITE, MISTRAL_7B)}[family]
     small = entries | {"num_hidden_layers": 4}
     model = built(small)
     written = model.config.to_dict()
@@ -152,12 +199,15 @@ def test_of_the_engines_own_config() -> None:
 @pytest.mark.parametrize(
     ("name", "changed", "message"),
     [
-        ("llama3-8b", {"model_type": "gemma3"}, "model_type 'gemma3' can't be planned: use one of llama, qwen2"),
+        ("llama3-8b", {"model_type": "gemma3"}, "model_type 'gemma3' can't be planned: use one of llama, mistral, qwen2"),
         ("llama3-8b", {"model_type": None}, "model_type None can't be planned"),
         ("llama3-8b", {"architectures": ["LlamaForSequenceClassification"]}, "'LlamaForSequenceClassification': only language"),
         ("llama3-8b", {"hidden_size": None}, "'hidden_size' is missing: it must be a positive integer"),
         ("llama3-8b", {"hidden_size": "4096"}, "'hidden_size' is '4096': it must be a positive integer"),
         ("llama3-8b", {"num_hidden_layers": 0}, "'num_hidden_layers' is 0"),
+        ("llama3-8b", {"num_hidden_layers": 100_000}, "num_hidden_layers 100000: at most 1000 can be planned"),
+        ("deepseek-v3", {"num_nextn_predict_layers": 5000}, "num_nextn_predict_layers 5000: at most 1000"),
+        ("llama3-8b", {"architectures": "LlamaForCausalLM"}, "'architectures' is 'LlamaForCausalLM': it must be a list"),
         ("llama3-8b", {"num_key_value_heads": 5}, "num_attention_heads 32 with num_key_value_heads 5: it must be a multiple"),
         ("llama3-8b", {"num_attention_heads": 24}, "is not a multiple of num_attention_heads 24: give 'head_dim'"),
         ("llama3-8b", {"attention_bias": True}, "attention_bias True is not planned for llama: only False"),
@@ -190,6 +240,15 @@ def test_refused(name: str, changed: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         read(PUBLISHED[name] | changed)
     assert str(caught.value).startswith("/models/model/config.json: ")
+
+
+def test_a_window_that_mistral_has_without_a_word() -> None:
+    """In transformers its default is 4096 tokens; version 0.1 has it, later ones say null."""
+    entries = dict(MISTRAL_7B)
+    del entries["sliding_window"]
+    for windowed in (entries, entries | {"sliding_window": 4096}):
+        with pytest.raises(InputError, match=r"sliding_window.* 4096.* only full attention"):
+            read(windowed)
 
 
 def test_a_missing_query_rank_is_not_taken_for_none() -> None:
