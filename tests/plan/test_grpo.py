@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strop.engine.config import InputError, Layout
+from strop.engine.plan.collectives import collective_seconds
 from strop.engine.plan.devices import device_named
 from strop.engine.plan.grpo import LEARNING_PARTS, forward_seconds, grpo_step, host_copy_seconds, optimizer_step_run, whole_run
 from strop.engine.plan.layer_time import Work
@@ -150,3 +151,32 @@ def test_whole_runs_add_up():
 def test_mistakes_name_the_fix(run, message):
     with pytest.raises(InputError, match=message):
         grpo_step(run)
+
+
+def test_engines_of_an_on_policy_split_wait_while_the_others_learn():
+    """Not for the weights, which they receive themselves."""
+    step = grpo_step(planned(16, gpus=8, reward_seconds=3.0))
+    learning = sum(step.parts_seconds[name] for name in ("data", *LEARNING_PARTS))
+    assert step.parts_seconds["weight_sync"] > 0 and step.rollout_idle_seconds == pytest.approx(learning)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_energy_is_that_of_what_each_gpu_does(ahead):
+    """Of 700 W boards: 8 GPUs generate at 0.65 and wait at 0.2, 8 learn at 0.9 and wait at 0.2."""
+    run = planned(16, gpus=8, steps_ahead=ahead)
+    step = grpo_step(run)
+    learning = sum(step.parts_seconds[name] for name in LEARNING_PARTS)
+    generating = step.rollout.total_seconds
+    shares = 0.65 * generating + 0.2 * (step.step_seconds - generating) + 0.9 * learning + 0.2 * (step.step_seconds - learning)
+    assert whole_run(run).energy_kwh == pytest.approx(8 * shares * 700 / 3.6e6)
+
+
+def test_log_probs_of_one_micro_batch_pass_all_hops():
+    """One sequence through 4 ranks: every rank's forward pass in turn, and 3 messages between them."""
+    run = PlannedRun.of(
+        SHAPES["qwen3-8b"], 4, layout=Layout(pp=4), training=TrainingPlan(global_batch_sequences=1, sequence_length_tokens=65536)
+    )
+    work = Work(run, device_named("h100"))
+    passes = sum(chunk.stage_seconds().forward for chunk in chunk_times(work))
+    hop_seconds = collective_seconds(device_named("h100"), "send_recv", 2 * 65536 * 4096, 4, 4)
+    assert forward_seconds(run) - passes == pytest.approx(3 * hop_seconds, rel=1e-6)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from strop.engine.config import InputError
 from strop.engine.plan.decode import HOST_SEQUENCE_SECONDS, HOST_STEP_SECONDS, GenerationEngine
 from strop.engine.plan.devices import device_named
+from strop.engine.plan.lengths import ResponseLengths
 from strop.engine.plan.models import SHAPES
 from strop.engine.plan.rollout import rollout_time
 from strop.engine.plan.rollout_memory import (
@@ -193,3 +194,13 @@ def test_window_layers_keep_no_more_than_their_window():
 def test_every_engine_computes_a_whole_prompt():
     few, many = (rollout(gpus=gpus, prompts_per_step=8, group_size=128, prompt_tokens=8000.0) for gpus in (8, 512))
     assert many.prefill_seconds == few.prefill_seconds
+
+
+def test_the_longest_response_of_all_engines_ends_a_rollout():
+    """8 times the engines with as many samples each: those of each are as long, but the longest of all of them is longer, and
+    is decoded alone in the end."""
+    plan = {"mean_response_tokens": 1000, "max_response_tokens": 16384, "response_spread": 1.0}
+    few, many = (rollout(gpus=gpus, prompts_per_step=8 * gpus, **plan) for gpus in (8, 64))
+    lengths = ResponseLengths.of(1000, 16384, 1.0)
+    more = lengths.expected_max_tokens(64 * 128) - lengths.expected_max_tokens(8 * 128)
+    assert more > 2000 and many.total_seconds - few.total_seconds == pytest.approx(more * few.step_seconds[1], rel=0.1)
