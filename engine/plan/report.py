@@ -144,8 +144,10 @@ class Prediction:
         return {
             "model": {
                 "name": shape.name,
+                "notes": list(shape.notes),
                 "total_parameters": total_parameters(shape),
                 "active_parameters": active_parameters(shape),
+                "active_non_embedding_parameters": active_parameters(shape, embedding=False),
                 "parameters_by_kind": parameters(shape),
                 "forward_flops_per_token": forward_flops_per_token(shape, run.training.sequence_length_tokens),
                 "train_flops_per_token": train_flops_per_token(shape, run.training.sequence_length_tokens),
