@@ -18,6 +18,7 @@ from strop.engine.plan.report import Prediction
 from strop.engine.plan.rollout import RolloutTime, rollout_time
 from strop.engine.plan.rollout_memory import generating_weight_bytes, rollout_kv_cache_bytes
 from strop.engine.plan.run import PlannedRun
+from strop.engine.plan.shape import ModelShape
 from strop.engine.plan.text import (
     engines_text,
     gib_text,
@@ -121,12 +122,19 @@ def show_notes(notes: Sequence[str], to: Console) -> None:
 def model_section(run: PlannedRun) -> Section:
     shape, length = run.shape, run.training.sequence_length_tokens
     table = pairs()
-    active = f", {short(active_parameters(shape))} of them active in a token" if shape.moe else ""
-    table.add_row("parameters", short(total_parameters(shape)) + active)
+    table.add_row("parameters", short(total_parameters(shape)) + active_text(shape))
     table.add_row("by kind", ", ".join(f"{words(kind)} {short(count)}" for kind, count in parameters(shape).items() if count))
     table.add_row("training", f"{train_flops_per_token(shape, length) / 1e9:,.3g} GFLOP a token in sequences of {length:,}")
     table.add_row("KV cache", f"{kv_bytes_per_token(shape):,} bytes a token")
-    return Section("Model", table)
+    return Section("Model", table, "\n".join(f"note: {note}" for note in shape.notes))
+
+
+def active_text(shape: ModelShape) -> str:
+    """Behind a model's total. Its card may count the input embedding or not."""
+    if shape.moe is None:
+        return ""
+    active, without = (short(active_parameters(shape, embedding)) for embedding in (True, False))
+    return f"; active in a token {active}" + (f", without input embedding {without}" if without != active else "")
 
 
 def layout_section(prediction: Prediction) -> Section:
