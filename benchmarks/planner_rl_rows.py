@@ -221,8 +221,8 @@ def _r1() -> RlRow:
         "deepseek R1-Zero", "512 H800", run, 198 * 3600 / 650,
         "arXiv 2501.12948v2: 10,400 steps, 512 outputs a step, 8,192 a rollout, about 198 h",
         "mean length 6,500 over the run (off the paper's plot: from below 1,000 to about 10,000 at step 8,000), limit 32,768 "
-        "all along (it was 65,536 from step 8,200 on); mapping unpublished: pp16 ep32 (verl's for 512 GPUs) and cp8 for the limit, FP8; generation ep32, FP8, 1 drafted "
-        "token, 80% accepted",
+        "all along (it was 65,536 from step 8,200 on); mapping unpublished: pp16 ep32 (verl's for 512 GPUs) and cp8 for the "
+        "limit, FP8; generation ep32, FP8, 1 drafted token, 80% accepted",
         False,
     )  # fmt: skip
 
