@@ -106,7 +106,10 @@ def search_layouts(name: str, run: PlannedRun, config: PlanConfig) -> int:
 
 
 def problems_as_dicts(problems: Sequence[Problem]) -> list[dict[str, Any]]:
-    return [{"setting": one.setting, "value": one.value, "nearest": one.nearest, "message": str(one)} for one in problems]
+    return [
+        {"setting": one.setting, "value": one.value, "nearest": one.nearest, "instead": dict(one.instead), "message": str(one)}
+        for one in problems
+    ]
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from strop.engine.config import GIB, InputError, Layout
 from strop.engine.plan.check import check, memory_problem
@@ -199,7 +199,11 @@ def as_plan_flag(problem: Problem, run: PlannedRun, kv_cache_gib: float) -> Prob
         least_gib = math.ceil(sequence_cache_bytes(run, longest) / GIB * 1000) / 1000
         reason = f"a sequence of {longest:,} tokens takes {least_gib:g} GiB"
         return Problem("rollout.kv_cache_gib", f"{kv_cache_gib:g}", reason, (f"{least_gib:g}",))
-    if problem.setting != "gpus":
-        return problem
-    nearest = tuple(f"{run.device}x{gpus}" for gpus in problem.nearest)
-    return Problem("plan", f"{run.device}x{problem.value}", problem.reason, nearest)
+
+    def named(setting: str, values: tuple[Any, ...]) -> tuple[str, tuple[Any, ...]]:
+        return ("plan", tuple(f"{run.device}x{gpus}" for gpus in values)) if setting == "gpus" else (setting, values)
+
+    setting, (value,) = named(problem.setting, (problem.value,))
+    nearest = problem.nearest if problem.planned else named(problem.setting, problem.nearest)[1]
+    instead = tuple(named(*other) for other in problem.instead)
+    return replace(problem, setting=setting, value=value, nearest=nearest, instead=instead)

@@ -6,17 +6,20 @@ from dataclasses import replace
 from ..config import GIB, Layout
 from .devices import device_named
 from .host_memory import SYSTEM_BYTES_PER_GPU, NodeMemory, fullest_node
-from .memory import StageMemory, fits, memory_per_rank, memory_phases, worst_stage
+from .memory import Phase, StageMemory, fits, generating_gpu_bytes, memory_per_rank, memory_phases, worst_stage
 from .nearest import least_memory_fraction, nearest_that_fit
 from .problem import Problem
 from .rollout_memory import cache_shortage, holds_a_sequence
 from .run import PlannedRun
 from .states import rank_state_bytes
-from .text import words
+from .text import gib_text, words
 from .validation import problems
 
 SMALLEST_PART_BYTES = 0.05 * GIB
 """What a message mentions."""
+MEANWHILE: dict[Phase, str] = {
+    "training": "", "weight_sync": " while engines get the trainer's weights", "rollout": " while generating"
+}  # fmt: skip
 
 
 def check(run: PlannedRun) -> list[Problem]:
@@ -30,7 +33,7 @@ def check(run: PlannedRun) -> list[Problem]:
     budget_bytes = device_named(run.device).hbm_bytes
     if not fits(run, budget_bytes):
         nearest = tuple(map(str, nearest_that_fit(run, budget_bytes)))
-        found.append(replace(memory_problem(run, budget_bytes), nearest=nearest))
+        found.append(replace(memory_problem(run, budget_bytes), nearest=nearest, planned=True))
     return found
 
 
@@ -40,6 +43,15 @@ def memory_problem(run: PlannedRun, budget_bytes: float) -> Problem:
         if least_memory_fraction(run) < 1:
             return Problem("rollout.memory_fraction", run.rollout.memory_fraction, cache_shortage(run))
         return Problem("rollout.tp", run.rollout.tp, cache_shortage(run))
+    if run.rollout is not None and run.placement == "split":
+        parts_bytes = generating_gpu_bytes(run)
+        total_bytes = sum(parts_bytes.values())
+        if total_bytes > budget_bytes:
+            reason = (
+                f"a GPU that generates needs {gib_text(total_bytes)} GiB of {gib_text(budget_bytes)} GiB "
+                f"(GiB: {_named(parts_bytes)}); {gib_text(parts_bytes['margin'])} of it beside the engine's share"
+            )
+            return Problem("rollout.memory_fraction", run.rollout.memory_fraction, reason)
     fewest = fewest_gpus(run, budget_bytes)
     if fewest > run.training_gpus:
         reason = f"weights, gradients and optimizer states alone fill {fewest:,} GPUs, and {run.training_gpus:,} train"
@@ -49,8 +61,8 @@ def memory_problem(run: PlannedRun, budget_bytes: float) -> Problem:
     too_large = [needs(one, budget_bytes) for one in worst if one.total_bytes > budget_bytes]
     if not too_large:
         fewest = fewest_gpus_of_hosts(run)
-        reason = host_needs(node) + (f"; the hosts of {fewest:,} GPUs at the least hold so much" if fewest > run.training_gpus else "")
-        return Problem("host_memory_gib", f"{node.installed_bytes / GIB:g}", reason)
+        too_few = f"; the hosts of {fewest:,} GPUs at the least hold so much" if fewest > run.training_gpus else ""
+        return Problem("host_memory_gib", f"{node.installed_bytes / GIB:g}", host_needs(node) + too_few)
     if node.shortage_bytes:
         too_large.append(host_needs(node))
     return Problem("device", run.device, "; ".join(too_large))
@@ -58,20 +70,19 @@ def memory_problem(run: PlannedRun, budget_bytes: float) -> Problem:
 
 def needs(worst: StageMemory, budget_bytes: float) -> str:
     """The memory of a rank that needs too much, largest part first."""
-    while_generating = " while generating" if worst.phase == "rollout" else ""
+    meanwhile = MEANWHILE[worst.phase]
     digits = 1 if round(worst.total_bytes / GIB, 1) != round(budget_bytes / GIB, 1) else 3
     return (
         f"stage {worst.stage.index} needs {worst.total_bytes / GIB:.{digits}f} GiB of {budget_bytes / GIB:.{digits}f} "
-        f"GiB{while_generating} (GiB: {_named(worst.parts_bytes)})"
+        f"GiB{meanwhile} (GiB: {_named(worst.parts_bytes)})"
     )
 
 
 def host_needs(node: NodeMemory) -> str:
     """The host memory of a node that needs too much, largest part first."""
-    while_generating = " while generating" if node.phase == "rollout" else ""
     return (
         f"the host of a node needs {node.total_bytes / GIB:,.1f} GiB of {node.usable_bytes / GIB:,.1f} usable "
-        f"GiB{while_generating} (GiB: {_named(node.parts_bytes)})"
+        f"GiB{MEANWHILE[node.phase]} (GiB: {_named(node.parts_bytes)})"
     )
 
 

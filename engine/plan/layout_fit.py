@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..config import Layout
-from .problem import Problem, nearest_fitting, nearest_multiples
+from .problem import Problem, nearest_fitting, nearest_multiples, smallest_change
 
 if TYPE_CHECKING:
     from .run import PlannedRun
@@ -17,9 +17,7 @@ def rank_problems(run: "PlannedRun") -> Iterator[Problem]:
     layout, ranks = run.layout, run.training_gpus
     model_ranks = layout.tp * layout.cp * layout.pp
     if ranks % model_ranks:
-        reason = f"{ranks} training GPUs can't hold tp {layout.tp} x cp {layout.cp} x pp {layout.pp} = {model_ranks}"
-        generating = run.gpus - ranks
-        yield Problem("gpus", run.gpus, reason, tuple(generating + fit for fit in nearest_multiples(ranks, shared_by(run))))
+        yield _model_ranks_problem(run)
     elif layout.dp not in (0, ranks // model_ranks):
         reason = f"{ranks} training GPUs with tp {layout.tp} x cp {layout.cp} x pp {layout.pp} give another number of replicas"
         yield Problem("layout.dp", layout.dp, reason, (ranks // model_ranks,))
@@ -34,6 +32,22 @@ def rank_problems(run: "PlannedRun") -> Iterator[Problem]:
             yield Problem("layout.ep", layout.ep, reason, fits)
 
 
+def _model_ranks_problem(run: "PlannedRun") -> Problem:
+    """The degree that the smallest change makes right: the GPUs are what a person has. The GPUs, where no degree does alone."""
+    layout, ranks = run.layout, run.training_gpus
+    model_ranks = layout.tp * layout.cp * layout.pp
+    reason = f"{ranks} training GPUs can't hold tp {layout.tp} x cp {layout.cp} x pp {layout.pp} = {model_ranks}"
+    gpus = tuple(run.gpus - ranks + fit for fit in nearest_multiples(ranks, shared_by(run)))
+    degrees = {"layout.tp": (layout.tp, _nearest_tp(run)), "layout.cp": (layout.cp, _nearest_cp(run))}
+    if not run.stage_layers:  # which are for this pp
+        degrees["layout.pp"] = (layout.pp, _nearest_pp(run))
+    setting = smallest_change(degrees)
+    if setting is None:
+        return Problem("gpus", run.gpus, reason, gpus)
+    degree, nearest = degrees[setting]
+    return Problem(setting, degree, reason, nearest, (("gpus", gpus),))
+
+
 def shared_by(run: "PlannedRun") -> int:
     """What the number of training GPUs must be a multiple of: replicas, and where they generate too, engines."""
     model_ranks = run.layout.tp * run.layout.cp * run.layout.pp
@@ -46,9 +60,12 @@ def tensor_problems(run: "PlannedRun") -> Iterator[Problem]:
     layout = run.layout
     reasons = _undivided_by_tp(run, layout.tp)
     if reasons:
-        most = run.training_gpus // (layout.cp * layout.pp)
-        nearest = nearest_fitting(layout.tp, most, lambda tp: _ranks_fit(run, tp=tp) and not _undivided_by_tp(run, tp))
-        yield Problem("layout.tp", layout.tp, ", ".join(reasons), nearest)
+        yield Problem("layout.tp", layout.tp, ", ".join(reasons), _nearest_tp(run))
+
+
+def _nearest_tp(run: "PlannedRun") -> tuple[int, ...]:
+    most = run.training_gpus // (run.layout.cp * run.layout.pp)
+    return nearest_fitting(run.layout.tp, most, lambda tp: _ranks_fit(run, tp=tp) and not _undivided_by_tp(run, tp))
 
 
 def _undivided_by_tp(run: "PlannedRun", tp: int) -> list[str]:
@@ -125,9 +142,26 @@ def context_problems(run: "PlannedRun") -> Iterator[Problem]:
         return
     reasons = _undivided_by_cp(run, cp)
     if reasons:
-        most = run.training_gpus // (run.layout.tp * run.layout.pp)
-        nearest = nearest_fitting(cp, most, lambda other: _ranks_fit(run, cp=other) and not _undivided_by_cp(run, other))
-        yield Problem("layout.cp", cp, ", ".join(reasons), nearest)
+        yield Problem("layout.cp", cp, ", ".join(reasons), _nearest_cp(run), _lengths_that_cp_divides(run))
+
+
+def _nearest_cp(run: "PlannedRun") -> tuple[int, ...]:
+    most = run.training_gpus // (run.layout.tp * run.layout.pp)
+    return nearest_fitting(run.layout.cp, most, lambda cp: _ranks_fit(run, cp=cp) and not _undivided_by_cp(run, cp))
+
+
+def _lengths_that_cp_divides(run: "PlannedRun") -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """For Problem.instead: lengths of a sequence with which nothing is in the way of cp."""
+    training, least = run.training, 0 if run.rollout is None else run.rollout.longest_sample_tokens
+    unit = (2 if run.layout.cp_kind == "ring" else 1) * run.layout.cp
+    if training.sequence_length_tokens % unit == 0 or not _ranks_fit(run):
+        return ()
+    lengths = []
+    for length in nearest_multiples(training.sequence_length_tokens, unit):
+        changed = replace(run, training=replace(training, sequence_length_tokens=length))
+        if length >= max(least, training.packed_length_tokens) and not _undivided_by_cp(changed, run.layout.cp):
+            lengths.append(length)
+    return (("training.sequence_length_tokens", tuple(lengths)),)
 
 
 def _undivided_by_cp(run: "PlannedRun", cp: int) -> list[str]:
@@ -152,7 +186,7 @@ def pipeline_problems(run: "PlannedRun") -> Iterator[Problem]:
     elif not _pp_fits(run, layout.pp):
         chunks = " of two chunks" if layout.schedule == "dualpipev" else ""
         reason = f"{layers} layers don't fill as many ranks{chunks}"
-        yield Problem("layout.pp", layout.pp, reason, nearest_fitting(layout.pp, layers, lambda pp: _pp_fits(run, pp)))
+        yield Problem("layout.pp", layout.pp, reason, _nearest_pp(run))
     elif not _chunks_filled(run):
         if layout.schedule != "interleaved":
             yield Problem("stage_layers", run.stage_layers, "leaves a rank, or a chunk of one, without layers")
@@ -175,8 +209,7 @@ def schedule_problems(run: "PlannedRun") -> Iterator[Problem]:
     """Pipeline ranks that a schedule can't use, however many GPUs there are."""
     layout = run.layout
     if layout.schedule == "dualpipe" and layout.pp > 1 and layout.pp % 2:
-        nearest = nearest_fitting(layout.pp, run.shape.num_layers, lambda pp: _pp_fits(run, pp))
-        yield Problem("layout.pp", layout.pp, "schedule dualpipe pairs the ranks", nearest)
+        yield Problem("layout.pp", layout.pp, "schedule dualpipe pairs the ranks", _nearest_pp(run))
 
 
 def _stage_layers_problems(run: "PlannedRun") -> Iterator[Problem]:
@@ -189,6 +222,10 @@ def _stage_layers_problems(run: "PlannedRun") -> Iterator[Problem]:
         last = given[-1] + layers - sum(given)
         nearest = ((*given[:-1], last),) if last >= 0 else ()
         yield Problem("stage_layers", given, f"has {sum(given)} layers in all; {run.shape.name} has {layers}", nearest)
+
+
+def _nearest_pp(run: "PlannedRun") -> tuple[int, ...]:
+    return nearest_fitting(run.layout.pp, run.shape.num_layers, lambda pp: _pp_fits(run, pp))
 
 
 def _pp_fits(run: "PlannedRun", pp: int) -> bool:
@@ -220,19 +257,30 @@ def batch_problems(run: "PlannedRun") -> Iterator[Problem]:
     if run.rollout is not None:
         return
     layout, training, pp = run.layout, run.training, run.layout.pp
-    batch, unit = training.global_batch_sequences, layout.dp * training.micro_batch_sequences
-    setting = "training.global_batch_sequences"
-    needs = {
-        "interleaved": f"a multiple of pp = {pp}",
-        "dualpipe": f"an even number of at least 2 x pp = {2 * pp}",
-        "dualpipev": f"at least 2 x pp = {2 * pp}",
-    }.get(layout.schedule)
+    batch, micro = training.global_batch_sequences, training.micro_batch_sequences
     multiple, fewest = microbatch_rule(layout)
-    unit_of_schedule, least = unit * multiple, unit * fewest
-    if batch % unit_of_schedule == 0 and batch >= least:
+
+    def divides(sequences: int) -> bool:
+        unit = layout.dp * sequences
+        return batch % (unit * multiple) == 0 and batch >= unit * fewest
+
+    if divides(micro):
         return
-    reason = f"doesn't divide into micro-batches of {training.micro_batch_sequences} on {layout.dp} replicas"
+    unit = layout.dp * micro
+    reason = f"doesn't divide into micro-batches of {micro} on {layout.dp} replicas"
     if batch % unit == 0:
+        needs = {
+            "interleaved": f"a multiple of pp = {pp}",
+            "dualpipe": f"an even number of at least 2 x pp = {2 * pp}",
+            "dualpipev": f"at least 2 x pp = {2 * pp}",
+        }[layout.schedule]
         reason = f"gives {batch // unit} micro-batches a replica; schedule {layout.schedule} needs {needs}"
-    nearest = (least,) if batch < least else nearest_multiples(batch, unit_of_schedule)
-    yield Problem(setting, batch, reason, nearest)
+    least = unit * fewest
+    batches = (least,) if batch < least else nearest_multiples(batch, unit * multiple)
+    setting = "training.global_batch_sequences"
+    nearest = nearest_fitting(micro, batch // layout.dp, divides)
+    if nearest:
+        reason = f"a batch of {batch} {reason}"
+        yield Problem("training.micro_batch_sequences", micro, reason, nearest, ((setting, batches),))
+    else:
+        yield Problem(setting, batch, reason, batches)

@@ -1,50 +1,91 @@
 """Whether a model divides over the GPUs of a generation engine, and can use the trainer's weights where it is asked to."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .layout_fit import kv_heads_fit, kv_reason, shared_by
-from .problem import Problem, nearest_fitting, nearest_multiples
+from .problem import Problem, nearest_fitting, nearest_multiples, smallest_change
 
 if TYPE_CHECKING:
-    from .run import PlannedRun
+    from .run import PlannedRun, RolloutPlan
 
 
 def rollout_problems(run: "PlannedRun") -> Iterator[Problem]:
     """The model over the GPUs of a generation engine, and engines over the GPUs that generate."""
-    plan, shape, moe = run.rollout, run.shape, run.shape.moe
+    plan = run.rollout
     if plan is None:
         return
-    reasons = _undivided_by_rollout_tp(run, plan.tp)
-    nearest = nearest_fitting(plan.tp, run.rollout_gpus, lambda tp: not _undivided_by_rollout_tp(run, tp)) if reasons else ()
-    yield from (Problem("rollout.tp", plan.tp, reason, nearest) for reason in reasons)
-    if plan.ep > 1 and moe is None:
-        yield Problem("rollout.ep", plan.ep, f"{shape.name} has no experts", (1,))
-    elif plan.ep > 1 and (moe.num_experts % plan.ep or plan.ep % plan.tp):
-        reason = f"must divide {moe.num_experts} experts and be a multiple of rollout.tp {plan.tp}"
-        fits = nearest_fitting(plan.ep, run.rollout_gpus, lambda ep: moe.num_experts % ep == 0 and ep % plan.tp == 0)
-        yield Problem("rollout.ep", plan.ep, reason, fits)
-    if plan.pp > shape.num_layers:
-        yield Problem("rollout.pp", plan.pp, f"{shape.num_layers} layers don't fill as many ranks", (shape.num_layers,))
+    found = list(_degree_problems(run))
     replicas = plan.ep // plan.tp
     if plan.max_sequences < replicas:
         reason = f"an engine of ep {plan.ep} and tp {plan.tp} has {replicas} replicas, each with a sequence of its own"
-        yield Problem("rollout.max_sequences", plan.max_sequences, reason, (replicas,))
+        found.append(Problem("rollout.max_sequences", plan.max_sequences, reason, (replicas,)))
     if plan.weight_sync in ("alias", "local_copy"):
-        yield from _same_weights_problems(run)
-    if run.rollout_gpus % plan.engine_gpus:
-        reason = f"generation engines take max(tp {plan.tp}, ep {plan.ep}) x pp {plan.pp} = {plan.engine_gpus} GPUs each"
-        if run.placement == "split":
-            fits = tuple(gpus for gpus in nearest_multiples(plan.gpus, plan.engine_gpus) if gpus < run.gpus)
-            yield Problem("rollout.gpus", plan.gpus, reason, fits)
-        else:
-            yield Problem("gpus", run.gpus, reason, nearest_multiples(run.gpus, shared_by(run)))
+        found += _same_weights_problems(run)
+    degrees = {"rollout.tp", "rollout.pp", "rollout.ep"}
+    if run.rollout_gpus % plan.engine_gpus and not any(one.setting in degrees and one.nearest for one in found):
+        engines = _engines_problem(run)
+        found.append(replace(engines, nearest=(), instead=()) if degrees & {one.setting for one in found} else engines)
+    yield from found
 
 
-def _undivided_by_rollout_tp(run: "PlannedRun", tp: int) -> list[str]:
-    shape, moe = run.shape, run.shape.moe
+def _degree_problems(run: "PlannedRun") -> Iterator[Problem]:
+    """The model over the degrees of an engine. What is proposed divides the GPUs that generate too."""
+    plan, shape, moe = run.rollout, run.shape, run.shape.moe
+    reasons = _undivided_by_rollout_tp(run, plan)
+    if reasons:
+        yield Problem("rollout.tp", plan.tp, ", ".join(reasons), _nearest_degrees(run, "tp"))
+    if plan.ep > 1 and moe is None:
+        yield Problem("rollout.ep", plan.ep, f"{shape.name} has no experts", (1,))
+    elif _undivided_by_rollout_ep(run, plan):
+        reason = f"must divide {moe.num_experts} experts and be a multiple of rollout.tp {plan.tp}"
+        yield Problem("rollout.ep", plan.ep, reason, _nearest_degrees(run, "ep"))
+    if plan.pp > shape.num_layers:
+        reason = f"{shape.num_layers} layers don't fill as many ranks"
+        yield Problem("rollout.pp", plan.pp, reason, _nearest_degrees(run, "pp"))
+
+
+def _engines_problem(run: "PlannedRun") -> Problem:
+    """Engines over the GPUs that generate: the degree that the smallest change makes right, since the GPUs are what a person
+    has. The GPUs, where no degree does alone."""
+    plan = run.rollout
+    reason = f"engines take max(tp {plan.tp}, ep {plan.ep}) x pp {plan.pp} = {plan.engine_gpus} GPUs each, and "
+    reason += f"{run.rollout_gpus} generate"
+    setting, value, gpus = "gpus", run.gpus, nearest_multiples(run.gpus, shared_by(run))
+    if run.placement == "split":
+        setting, value = "rollout.gpus", plan.gpus
+        gpus = tuple(count for count in nearest_multiples(plan.gpus, plan.engine_gpus) if count < run.gpus)
+    degrees = {f"rollout.{name}": (getattr(plan, name), _nearest_degrees(run, name)) for name in ("tp", "ep", "pp")}
+    blamed = smallest_change(degrees)
+    if blamed is None:
+        return Problem(setting, value, reason, gpus)
+    degree, nearest = degrees[blamed]
+    return Problem(blamed, degree, reason, nearest, ((setting, gpus),))
+
+
+def _nearest_degrees(run: "PlannedRun", name: str) -> tuple[int, ...]:
+    """Of a degree of the engines, with which model and GPUs divide."""
+
+    def fits(degree: int) -> bool:
+        plan = replace(run.rollout, **{name: degree})
+        if run.rollout_gpus % plan.engine_gpus or plan.pp > run.shape.num_layers:
+            return False
+        return not _undivided_by_rollout_tp(run, plan) and not _undivided_by_rollout_ep(run, plan)
+
+    return nearest_fitting(getattr(run.rollout, name), run.rollout_gpus, fits)
+
+
+def _undivided_by_rollout_ep(run: "PlannedRun", plan: "RolloutPlan") -> bool:
+    """Of a model without experts: whether there are several ranks for them."""
+    moe = run.shape.moe
+    return plan.ep > 1 and (moe is None or moe.num_experts % plan.ep > 0 or plan.ep % plan.tp > 0)
+
+
+def _undivided_by_rollout_tp(run: "PlannedRun", plan: "RolloutPlan") -> list[str]:
+    shape, moe, tp = run.shape, run.shape.moe, plan.tp
     counts = {"heads": shape.num_heads, "columns of a dense MLP": shape.dense_intermediate_size}
-    if moe is not None and run.rollout.ep == 1:
+    if moe is not None and plan.ep == 1:
         counts["columns of an expert"] = moe.expert_intermediate_size
     reasons = [f"doesn't divide {count} {what}" for what, count in counts.items() if count % tp]
     return reasons if kv_heads_fit(run, tp) else [*reasons, kv_reason(run, "it")]

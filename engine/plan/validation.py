@@ -44,8 +44,9 @@ def problems(run: "PlannedRun") -> list[Problem]:
     if found:
         degrees = [*tensor_problems(run), *context_problems(run), *schedule_problems(run)]
         if degrees:  # which no number of GPUs makes right
-            changed = all(problem.nearest for problem in degrees)  # and with them the ranks that the GPUs must hold
-            found = [] if changed else [replace(problem, nearest=()) for problem in found]
+            changed = all(one.nearest for one in degrees)  # and with them the ranks that the GPUs must hold
+            said = {one.setting for one in degrees}
+            found = [replace(one, nearest=(), instead=()) for one in found if not changed and one.setting not in said]
         return [*found, *degrees, *expert_problems(run)]
     layout = run.layout
     replicas = run.training_gpus // (layout.tp * layout.cp * layout.pp)

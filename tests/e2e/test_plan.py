@@ -43,7 +43,7 @@ def test_the_layout_that_peers_cannot_run_is_refused_with_the_number(launcher) -
 
 def test_settings_that_leave_nothing_to_predict(launcher) -> None:
     output = launcher.run("plan.py", "qwen3-30b-a3b", "--gpus", 16, "--layout.tp", 3, code=PROBLEMS)
-    assert "tp 3" in output and "nearest that fits" in output and "Memory of a rank" not in output
+    assert "tp 3" in output and "nearest allowed" in output and "Memory of a rank" not in output
     flags = ("--gpus", 256, "--layout.pp", 16, "--layout.ep", 16, "--grpo")
     output = launcher.run("plan.py", "deepseek-v3", *flags, code=PROBLEMS)
     assert "KV cache" in output and "Memory of a rank" not in output
@@ -212,7 +212,7 @@ def test_a_run_on_more_gpus_than_there_are_here(launcher) -> None:
     assert [run.wait(60) for run in runs] == [0, PROBLEMS, 2]
     eight, three, too_large = (run.output for run in runs)
     assert eight.startswith("tiny on 8 x h100: fits") and "dp (data)" in eight and "evaluations and checkpoints" in eight
-    assert "--plan h100x3: 3 training GPUs" in three and "h100x2 or h100x4" in three
+    assert "--layout.tp 2: 3 training GPUs" in three and "nearest allowed: 1, or --plan h100x2 or h100x4" in three
     assert "--rollout.kv-cache-gib 100" in too_large and "79.2 GiB" in too_large
 
 
@@ -223,7 +223,7 @@ def test_plan_of_an_evaluation(launcher) -> None:
     tiny, too_small, enough = (run.output for run in runs)
     assert tiny.startswith("tiny on 1 x h200") and "Generation" in tiny
     assert too_small.startswith("problem: --rollout.kv-cache-gib 0.001: a sequence of 272 tokens takes 0.012 GiB; nearest")
-    assert "nearest that fits: 0.012\n" in too_small and "Generation" not in too_small
+    assert "nearest allowed: 0.012\n" in too_small and "Generation" not in too_small
     assert "Generation" in enough
 
 

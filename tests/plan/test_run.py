@@ -138,10 +138,10 @@ def test_of_names_every_mistake() -> None:
         PlannedRun.of(SHAPES["qwen3-30b-a3b"], 24, layout=Layout(tp=3, ep=6), training=TrainingPlan(global_batch_sequences=100))
     assert str(caught.value).splitlines() == [
         "--layout.tp 3: doesn't divide 32 heads, doesn't divide 151936 tokens of the vocabulary, 4 key/value heads neither "
-        "divide by it nor can all be copied equally often; nearest that fits: 2 or 4",
+        "divide by it nor can all be copied equally often; nearest allowed: 2 or 4",
         "--layout.no-sp: with experts, tensor-parallel ranks divide the tokens between them (as Megatron-LM requires); "
-        "nearest that fits: --layout.sp",
-        "--layout.ep 6: doesn't divide 128 experts; nearest that fits: 4 or 8",
+        "nearest allowed: --layout.sp",
+        "--layout.ep 6: doesn't divide 128 experts; nearest allowed: 4 or 8",
         "--training.global-batch-sequences 100: doesn't divide into micro-batches of 1 on 8 replicas; "
-        "nearest that fits: 96 or 104",
+        "nearest allowed: 96 or 104",
     ]
