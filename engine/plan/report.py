@@ -57,8 +57,8 @@ class MemoryRow:
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """What one run needs and takes."""
+class MemoryPrediction:
+    """What one run needs."""
 
     run: PlannedRun
     """With a rollout, its training plan's batch is what follows from the samples (`optimizer_step_run`)."""
@@ -67,26 +67,19 @@ class Prediction:
     """Of one rank of each pipeline stage while it trains, and then, with colocated rollout, while it generates."""
     memory_budget_bytes: float
     """What a rank may take."""
-    training: StepTime
-    """One optimizer step."""
-    grpo: GrpoStep | None
-    """None where training alone was planned."""
-    whole: WholeRun
 
     @staticmethod
-    def of(run: PlannedRun, memory_budget_bytes: float | None = None) -> "Prediction":
-        """Predict a run whose layout is resolved and in which `engine.plan.validation.problems` finds nothing.
+    def of(run: PlannedRun, memory_budget_bytes: float | None = None) -> "MemoryPrediction":
+        """Of a run whose layout is resolved and in which `engine.plan.validation.problems` finds nothing.
 
         memory_budget_bytes: what a rank may take; None: all that the device has. Raises InputError for an unknown device and
-        where engines or samples don't fit their limits.
+        where samples don't fit into a sequence.
         """
         device = device_named(run.device)
         budget_bytes = device.hbm_bytes if memory_budget_bytes is None else min(memory_budget_bytes, device.hbm_bytes)
-        whole, grpo = whole_run(run), None if run.rollout is None else grpo_step(run)
-        if grpo is not None:
+        if run.rollout is not None:
             run = replace(run, training=optimizer_step_run(run).training)
-        memory = tuple(rank for phase in memory_phases(run) for rank in phase)
-        return Prediction(run, device, memory, budget_bytes, train_step(run) if grpo is None else grpo.training, grpo, whole)
+        return MemoryPrediction(run, device, tuple(rank for phase in memory_phases(run) for rank in phase), budget_bytes)
 
     @property
     def worst(self) -> StageMemory:
@@ -133,13 +126,8 @@ class Prediction:
             found.append(MemoryRow("engines", "rollout", parts_bytes, sum(parts_bytes.values()), False))
         return found
 
-    def transfers_by_axis(self) -> dict[str, tuple[Transfer, ...]]:
-        """Transfers of the training step, grouped."""
-        axes = dict.fromkeys(transfer.axis for transfer in self.training.transfers)
-        return {axis: tuple(one for one in self.training.transfers if one.axis == axis) for axis in axes}
-
     def as_dict(self) -> dict[str, Any]:
-        """Everything, as JSON values."""
+        """As JSON values."""
         run, shape = self.run, self.run.shape
         return {
             "model": {
@@ -170,15 +158,44 @@ class Prediction:
                 "headroom_bytes": self.headroom_bytes,
             },
             "host_memory_per_node": node_as_dict(self.fullest_node()),
-            "training_step": asdict(self.training),
             "generating_gpu": None
             if run.rollout is None
             else {
                 "weights_bytes": generating_weight_bytes(run),
                 "kv_cache_bytes": rollout_kv_cache_bytes(run),
+                "margin_bytes": generating_gpu_bytes(run)["margin"] if run.placement == "split" else outside_bytes(run),
             },
+        }
+
+
+@dataclass(frozen=True)
+class Prediction(MemoryPrediction):
+    """What one run needs and takes."""
+
+    training: StepTime
+    """One optimizer step."""
+    grpo: GrpoStep | None
+    """None where training alone was planned."""
+    whole: WholeRun
+
+    @staticmethod
+    def of(run: PlannedRun, memory_budget_bytes: float | None = None) -> "Prediction":
+        """As `MemoryPrediction.of`. Raises InputError also where engines have no memory for a KV cache."""
+        grpo = None if run.rollout is None else grpo_step(run)
+        training, whole = train_step(run) if grpo is None else grpo.training, whole_run(run)
+        return Prediction(**vars(MemoryPrediction.of(run, memory_budget_bytes)), training=training, grpo=grpo, whole=whole)
+
+    def transfers_by_axis(self) -> dict[str, tuple[Transfer, ...]]:
+        """Transfers of the training step, grouped."""
+        axes = dict.fromkeys(transfer.axis for transfer in self.training.transfers)
+        return {axis: tuple(one for one in self.training.transfers if one.axis == axis) for axis in axes}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, as JSON values."""
+        return super().as_dict() | {
+            "training_step": asdict(self.training),
             "grpo_step": None if self.grpo is None else grpo_as_dict(self.grpo),
-            "whole_run": asdict(self.whole) | {"steps": run.steps},
+            "whole_run": asdict(self.whole) | {"steps": self.run.steps},
         }
 
 
