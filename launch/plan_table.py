@@ -14,7 +14,7 @@ from strop.engine.plan.drawing import SHOWN_SHARE
 from strop.engine.plan.facts import active_parameters, kv_bytes_per_token, parameters, total_parameters, train_flops_per_token
 from strop.engine.plan.grpo import GrpoStep
 from strop.engine.plan.memory import PARTS, Phase
-from strop.engine.plan.report import Prediction
+from strop.engine.plan.report import MemoryPrediction, Prediction
 from strop.engine.plan.rollout import RolloutTime, rollout_time
 from strop.engine.plan.rollout_memory import generating_weight_bytes, rollout_kv_cache_bytes
 from strop.engine.plan.run import PlannedRun
@@ -79,21 +79,22 @@ def make_console() -> Console:
     return console
 
 
-def show(prediction: Prediction, problems: Sequence[Problem], to: Console) -> None:
-    """Print everything about one run."""
+def show(prediction: MemoryPrediction, problems: Sequence[Problem], to: Console) -> None:
+    """Print everything that was predicted of one run."""
     run = prediction.run
     verdict = "does not work" if problems else f"fits, {gib_text(prediction.headroom_bytes)} GiB free on the fullest rank"
     to.print(Text(f"{run.shape.name} on {run.gpus} x {run.device}: {verdict}", style="bold"))
     to.print(model_section(run))
     to.print(layout_section(prediction))
     to.print(memory_section(prediction), crop=False)
-    to.print(training_section(prediction.training))
-    if prediction.training.transfers:
-        to.print(transfer_section(prediction))
-    if prediction.grpo is not None:
-        to.print(generation_section(prediction.grpo.rollout, run))
-        to.print(grpo_section(prediction.grpo, run))
-    to.print(whole_run_section(prediction))
+    if isinstance(prediction, Prediction):
+        to.print(training_section(prediction.training))
+        if prediction.training.transfers:
+            to.print(transfer_section(prediction))
+        if prediction.grpo is not None:
+            to.print(generation_section(prediction.grpo.rollout, run))
+            to.print(grpo_section(prediction.grpo, run))
+        to.print(whole_run_section(prediction))
     to.print()
     show_problems(problems, to)
     to.print(Text(ACCURACY, style="dim"), soft_wrap=True)
@@ -137,7 +138,7 @@ def active_text(shape: ModelShape) -> str:
     return f"; active in a token {active}" + (f", without input embedding {without}" if without != active else "")
 
 
-def layout_section(prediction: Prediction) -> Section:
+def layout_section(prediction: MemoryPrediction) -> Section:
     run, training, layout = prediction.run, prediction.run.training, prediction.run.layout
     table = grid("axis", "ranks", "groups", "a group lies")
     for span in prediction.spans():
@@ -157,7 +158,7 @@ def layout_section(prediction: Prediction) -> Section:
     return Section("Layout", table, "; ".join(filter(None, facts)))
 
 
-def memory_section(prediction: Prediction) -> Section:
+def memory_section(prediction: MemoryPrediction) -> Section:
     """A table a phase, as its parts differ; the worst stage is bold."""
     phases = dict.fromkeys(row.phase for row in prediction.memory_rows())
     tables = [memory_table(prediction, phase) for phase in phases]
@@ -174,10 +175,10 @@ def memory_section(prediction: Prediction) -> Section:
     heading = f"Memory of a rank in GiB, of {gib_text(prediction.memory_budget_bytes)}"
     if prediction.memory_budget_bytes < prediction.device.hbm_bytes:
         heading += f" (the budget; the device has {gib_text(prediction.device.hbm_bytes)})"
-    return Section(heading, tables[0], "\n".join(said), tables[1] if len(tables) > 1 else None)
+    return Section(heading, tables[0], "\n".join(said), tuple(tables[1:]))
 
 
-def memory_table(prediction: Prediction, phase: Phase) -> Table:
+def memory_table(prediction: MemoryPrediction, phase: Phase) -> Table:
     rows = [row for row in prediction.memory_rows() if row.phase == phase]
     parts = [part for part in PARTS if any(row.parts_bytes.get(part) for row in rows)]
     table = grid(PHASE_WORDS[phase], *(COLUMN_NAMES.get(part, part) for part in parts), "total")
