@@ -64,7 +64,8 @@ def check_layout(run: PlannedRun, config: PlanConfig) -> int:
     else:
         show(prediction, problems, console)
     content = {} if prediction is None else prediction.as_dict()
-    write(content | {"problems": problems_as_dicts(problems)}, prediction, config)
+    drawn = prediction if isinstance(prediction, Prediction) else None
+    write(content | {"problems": problems_as_dicts(problems)}, drawn, config)
     return PROBLEMS_EXIT_CODE if problems else 0
 
 
@@ -139,7 +140,7 @@ def told_as(flag: str, file: Path) -> Iterator[None]:
 
 
 def write(content: dict[str, Any], drawn: Prediction | None, config: PlanConfig) -> None:
-    """Into the files that were asked for. Where nothing was predicted, there is no picture, an earlier one neither."""
+    """Into the files that were asked for. Where no step was predicted, there is no picture, an earlier one neither."""
     if config.json is not None:
         made_by = {"strop_version": version("strop"), "command": shlex.join(["python", *sys.argv])}
         with told_as("json", config.json):
@@ -150,7 +151,7 @@ def write(content: dict[str, Any], drawn: Prediction | None, config: PlanConfig)
         draw_prediction(drawn, config.png)
         return
     config.png.unlink()
-    show_notes([f"nothing was predicted, so there is no picture {config.png}"], make_console())
+    show_notes([f"no step was predicted, so there is no picture {config.png}"], make_console())
 
 
 if __name__ == "__main__":
