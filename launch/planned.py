@@ -14,7 +14,7 @@ from strop.engine.plan.devices import device_named
 from strop.engine.plan.models import SHAPES
 from strop.engine.plan.packing import with_batch
 from strop.engine.plan.problem import Problem
-from strop.engine.plan.report import Prediction
+from strop.engine.plan.report import MemoryPrediction, Prediction
 from strop.engine.plan.rollout_memory import holds_a_sequence, sequence_cache_bytes
 from strop.engine.plan.run import PlannedRun, RolloutPlan, TrainingPlan
 from strop.engine.plan.shape import ModelShape
@@ -149,8 +149,9 @@ def assumptions(run: PlannedRun) -> list[str]:
     return notes
 
 
-def predict(run: PlannedRun) -> tuple[Prediction | None, list[Problem]]:
-    """(what the run needs and takes, what is wrong with it). None where mistakes leave nothing to predict.
+def predict(run: PlannedRun) -> tuple[MemoryPrediction | None, list[Problem]]:
+    """(what the run needs and takes, what is wrong with it). What it needs alone where engines have no room for a sequence, so
+    that there is no step; None where mistakes leave nothing to predict.
 
     Raises InputError for an unknown device, and for samples that don't fit into a sequence.
     """
@@ -159,8 +160,10 @@ def predict(run: PlannedRun) -> tuple[Prediction | None, list[Problem]]:
         return None, found
     run = with_batch(replace(run, layout=run.layout.resolve(run.training_gpus)))
     found = check(run)
-    has_steps = not problems(run) and (run.rollout is None or holds_a_sequence(run))
-    return Prediction.of(run) if has_steps else None, found
+    if problems(run):
+        return None, found
+    has_steps = run.rollout is None or holds_a_sequence(run)
+    return (Prediction if has_steps else MemoryPrediction).of(run), found
 
 
 def plan_grpo(config: "GrpoConfig", gpus: int, device: str) -> int:
