@@ -49,7 +49,7 @@ COLUMN_NAMES = {
 TEXT_COLUMNS = ("a group lies", "layout", "kind", "settings", "reason")
 NARROWEST = 80
 """Columns that tables take at least; a narrower terminal breaks their lines itself, which cuts no number in two."""
-PHASE_WORDS = {"training": "training", "rollout": "generating"}
+PHASE_WORDS = {"training": "training", "weight_sync": "weight sync", "rollout": "generating"}
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,16 @@ class Section:
     heading: str
     table: Table
     below: str = ""
-    second: Table | None = None
+    more: tuple[Table, ...] = ()
     """Under the first one."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Text(f"\n{self.heading}", style="bold")
         if self.table.row_count:
             yield with_all_digits(self.table, options.max_width)
-        if self.second is not None:
+        for table in self.more:
             yield Text("")
-            yield with_all_digits(self.second, options.max_width)
+            yield with_all_digits(table, options.max_width)
         if self.below:
             yield Text(self.below)
 

@@ -98,7 +98,7 @@ def draw_memory(prediction: Prediction, axes: "Axes") -> None:
     if prediction.memory_budget_bytes < limit:
         axes.axvline(prediction.memory_budget_bytes / GIB, color=LIMIT_COLOR, linewidth=1.0, linestyle=":")
     phases = {row.phase for row in rows}
-    names = [f"{row.label} {row.phase}" if len(phases) > 1 else row.label for row in rows]
+    names = [f"{row.label} {words(row.phase)}" if len(phases) > 1 else row.label for row in rows]
     axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.set_ylim(max(len(rows), 3) - 0.4, -0.6)
     axes.set_xlim(0, 1.1 * max(limit, max(row.total_bytes for row in rows)) / GIB)

@@ -9,7 +9,7 @@ from .candidates import SearchSpace, divisors
 from .decode import GenerationEngine
 from .devices import device_named
 from .lengths import ResponseLengths
-from .memory import colocated_rollout_memory, worst_stage
+from .memory import colocated_rollout_memory, generating_gpu_bytes, offloads_weights, weight_sync_memory, worst_stage
 from .rollout import most_active, rollout_time
 from .rollout_fit import rollout_problems
 from .rollout_memory import rollout_kv_cache_bytes, rollout_weight_bytes
@@ -64,9 +64,13 @@ def engine_groups(base: PlannedRun, space: SearchSpace) -> tuple[list[list[Engin
 
 
 def beside(run: PlannedRun, engines: list[Engines], budget_bytes: float) -> PlannedRun | None:
-    """The run, whose own rollout is one of the engines, with the fastest of them that leave its trainer enough memory."""
-    if run.rollout is None or run.placement == "split":
-        return replace(run, rollout=engines[0].run.rollout)
+    """The run, whose own rollout is one of the engines, with the fastest of them that leave its trainer enough memory, and on
+    GPUs of their own what lies outside PyTorch."""
+    if run.rollout is None:
+        return run
+    if run.placement == "split":
+        fitting = (one.run for one in engines if sum(generating_gpu_bytes(one.run).values()) <= budget_bytes)
+        return next((replace(run, rollout=engine.rollout) for engine in fitting), None)
     if shares_weights(run.rollout):
         axes = ("tp", "pp", "ep")
         engines = [one for one in engines if all(getattr(one.run.rollout, axis) == getattr(run.layout, axis) for axis in axes)]
@@ -76,8 +80,12 @@ def beside(run: PlannedRun, engines: list[Engines], budget_bytes: float) -> Plan
                 return full
         return None
     trainer_bytes = worst_stage(colocated_rollout_memory(run)).total_bytes - _device_bytes(run)
+    syncing_bytes = 0.0
+    if offloads_weights(run):
+        syncing_bytes = worst_stage(weight_sync_memory(run)).total_bytes - rollout_weight_bytes(run)
     for one in engines:
-        if trainer_bytes + _device_bytes(one.run) <= budget_bytes:
+        needs = (trainer_bytes + _device_bytes(one.run), syncing_bytes + rollout_weight_bytes(one.run))
+        if max(needs) <= budget_bytes:
             return replace(run, rollout=one.run.rollout)
     return None
 

@@ -1,4 +1,5 @@
-"""Device memory of each pipeline rank, by part, in the training phase and (colocated) while the rollout engines generate.
+"""Device memory of each pipeline rank, by part: while it trains, and where engines generate on the same GPUs, while they get
+the trainer's weights and while they generate; and that of a GPU that only generates.
 
 Bytes are those of the moment that holds most. The parts of a phase add up to its total.
 """
@@ -21,8 +22,9 @@ from .states import (
     replicas,
     state_bytes_per_parameter,
 )
+from .weight_sync import TRAINER_BYTES
 
-Phase = Literal["training", "rollout"]
+Phase = Literal["training", "weight_sync", "rollout"]
 PARTS = (
     "weights", "gradients", "optimizer", "activations", "logits", "communication", "reference_weights", "rollout_weights",
     "kv_cache", "margin",
@@ -38,6 +40,9 @@ KERNELS_BYTES = 3.0 * GIB
 """Loaded kernels, cuBLAS and attention workspaces, and the buffers of the first all-to-all. All three constants: measured on
 H100 (pp 4, ep 8) by mlc-ai/pith-train, tools/memory_estimator/__main__.py: 5.84 GiB in all with FSDP's 0.96. Megatron-LM pull
 request 6429 has 68,973 MB used on a device of which the allocator reserved 62,570 (pp 4, ep 16): 6.3 GiB, here 5.1."""
+SYNC_BUCKET_BYTES = 0.5 * GIB
+"""Of whole tensors on their way to the engines, where one alone isn't larger: slime's --update-weight-buffer-size by default
+(verl's update_weights_bucket_megabytes is 512 or 2,048 by its version; NeMo-RL takes what is free)."""
 GATHERED_UNITS = 2
 """Layers whose FSDP-sharded weights are whole at once: the one that computes and the one that is being gathered."""
 
@@ -81,8 +86,18 @@ def memory_phases(run: PlannedRun) -> list[tuple[StageMemory, ...]]:
     """Each pipeline rank of training, one phase after another."""
     phases = [training_memory(run)]
     if run.rollout is not None and run.placement == "colocated":
+        if offloads_weights(run):  # else they stay, and the KV cache joins them
+            phases.append(weight_sync_memory(run))
         phases.append(colocated_rollout_memory(run))
     return phases
+
+
+def generating_gpu_bytes(run: PlannedRun) -> dict[str, float]:
+    """Of a GPU that only generates, by name of PARTS. RolloutPlan.memory_fraction is for weights and KV cache; vLLM's
+    gpu_memory_utilization has the margin in it."""
+    plan = run.rollout
+    margin = _outside_bytes(run, (plan.tp, plan.pp, plan.ep))
+    return {"rollout_weights": rollout_weight_bytes(run), "kv_cache": rollout_kv_cache_bytes(run), "margin": margin}
 
 
 def worst_stage(memories: tuple[StageMemory, ...]) -> StageMemory:
@@ -91,15 +106,18 @@ def worst_stage(memories: tuple[StageMemory, ...]) -> StageMemory:
 
 
 def fits(run: PlannedRun, budget_bytes: float | None = None) -> bool:
-    """Whether every rank fits into budget_bytes in both phases, what lies on the host into its node, and with split placement
+    """Whether every rank fits into budget_bytes in all phases, what lies on the host into its node, and with split placement
     the generating GPUs too.
 
     A rollout engine fits where its KV cache holds the longest sequence. budget_bytes unset: all memory of the run's device.
     Raises InputError for an unknown device.
     """
-    if run.rollout is not None and not holds_a_sequence(run):
-        return False
     most_bytes = device_named(run.device).hbm_bytes if budget_bytes is None else budget_bytes
+    if run.rollout is not None:
+        if not holds_a_sequence(run):
+            return False
+        if run.placement == "split" and sum(generating_gpu_bytes(run).values()) > most_bytes:
+            return False
     phases = memory_phases(run)
     if fullest_node(run, phases).shortage_bytes:
         return False
@@ -134,6 +152,36 @@ def training_memory(run: PlannedRun) -> tuple[StageMemory, ...]:
     return tuple(memories)
 
 
+def weight_sync_memory(run: PlannedRun) -> tuple[StageMemory, ...]:
+    """Every pipeline rank while engines on the same GPUs get the weights of a trainer that then leaves the device.
+
+    In the order of NeMo-RL (offload_before_refit, wake_up of the weights, refit, offload_after_refit, wake_up of the KV cache)
+    and verl: optimizer, gradients (unless TrainingPlan.resident_gradients) and reference are off the device already, the
+    trainer's weights, as it shards them, are on it until the engine's, allocated as a whole, are written; the KV cache comes
+    last. Tensors that every GPU gets whole (stream, broadcast) are gathered a bucket at a time. A trainer that streams from a
+    copy in the host's memory, as slime's, needs less: its own weights are off the device by then.
+    """
+    whole, memories = run.rollout.weight_sync in ("stream", "broadcast"), []
+    bucket_bytes = max(SYNC_BUCKET_BYTES, TRAINER_BYTES * run.shape.vocab_size * run.shape.hidden_size) if whole else 0.0
+    for stage in run.stages():
+        states, reference = rank_state_bytes(run, stage), _reference_bytes(run, stage)
+        parts = _parts(
+            weights=states.weights,
+            gradients=states.gradients if run.training.resident_gradients else 0.0,
+            communication=bucket_bytes,
+            rollout_weights=rollout_weight_bytes(run),
+        )
+        host = {"optimizer": states.host + states.optimizer, "reference_weights": reference}
+        memories.append(StageMemory(stage, "weight_sync", parts | {"margin": outside_bytes(run)}, host))
+    return tuple(memories)
+
+
+def offloads_weights(run: PlannedRun) -> bool:
+    """Whether RolloutPlan.offload_training takes the trainer's weights off the device too: engines that share them (alias)
+    keep them there."""
+    return run.rollout.offload_training and run.rollout.weight_sync != "alias"
+
+
 def colocated_rollout_memory(run: PlannedRun) -> tuple[StageMemory, ...]:
     """Every pipeline rank of training while the engines on the same GPUs generate.
 
@@ -142,11 +190,11 @@ def colocated_rollout_memory(run: PlannedRun) -> tuple[StageMemory, ...]:
     device leaves beside the weights it generates with: the trainer's own (weight_sync alias) or a copy in the rollout's layout
     and dtype. It is allocated once and doesn't fragment.
     """
-    alias = run.rollout.weight_sync == "alias"
+    alias, away = run.rollout.weight_sync == "alias", offloads_weights(run)
     memories = []
     for stage in run.stages():
         states, offloaded = rank_state_bytes(run, stage), run.rollout.offload_training
-        away, reference = offloaded and not alias, _reference_bytes(run, stage)
+        reference = _reference_bytes(run, stage)
         parts = _parts(
             weights=0.0 if away else states.weights,
             gradients=states.gradients if run.training.resident_gradients else 0.0,
@@ -197,9 +245,14 @@ def _fsdp_bytes(run: PlannedRun, stage: Stage, element: int) -> float:
 
 
 def outside_bytes(run: PlannedRun) -> float:
-    """On the device, but not PyTorch's to give: CUDA context, kernels, NCCL's buffers for the world and each axis."""
+    """Of a GPU that trains: on the device, but not PyTorch's to give."""
     layout = run.layout
-    groups = 1 + sum(size > 1 for size in (layout.tp, layout.cp, layout.pp, layout.dp, layout.ep))
+    return _outside_bytes(run, (layout.tp, layout.cp, layout.pp, layout.dp, layout.ep))
+
+
+def _outside_bytes(run: PlannedRun, axes: tuple[int, ...]) -> float:
+    """CUDA context, kernels, NCCL's buffers for the world and each axis of more than one rank."""
+    groups = 1 + sum(ranks > 1 for ranks in axes)
     return CONTEXT_BYTES + KERNELS_BYTES + (COMMUNICATOR_BYTES * groups if run.gpus > 1 else 0.0)
 
 

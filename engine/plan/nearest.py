@@ -11,7 +11,7 @@ from .candidates import RECOMPUTE_CHOICES, SHORTEST_CONTEXT_TOKENS, SearchSpace,
 from .devices import device_named
 from .grpo import GrpoStep, grpo_step, optimizer_step_run
 from .host_memory import fullest_node
-from .memory import fits, memory_per_rank, memory_phases, worst_stage
+from .memory import fits, generating_gpu_bytes, memory_per_rank, memory_phases, worst_stage
 from .packing import with_batch
 from .rollout_memory import rollout_kv_cache_bytes, rollout_weight_bytes, sequence_cache_bytes
 from .run import PlannedRun
@@ -115,6 +115,8 @@ def _shortage_bytes(run: PlannedRun, budget_bytes: float) -> float:
     needs = [worst_stage(phase).total_bytes for phase in phases]
     missing = fullest_node(run, phases).shortage_bytes / min(device_named(run.device).gpus_per_node, run.gpus)
     if run.rollout is not None:
+        if run.placement == "split":
+            needs.append(sum(generating_gpu_bytes(run).values()))
         share = least_memory_fraction(run) - run.rollout.memory_fraction
         missing += max(0.0, share) * device_named(run.device).hbm_bytes
     return missing + sum(max(0.0, need - budget_bytes) for need in needs)

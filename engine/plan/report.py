@@ -17,7 +17,7 @@ from .facts import (
 )
 from .grpo import GrpoStep, WholeRun, grpo_step, optimizer_step_run, whole_run
 from .host_memory import NodeMemory, fullest_node
-from .memory import Phase, StageMemory, memory_phases, worst_stage
+from .memory import Phase, StageMemory, generating_gpu_bytes, memory_phases, outside_bytes, worst_stage
 from .rollout_memory import generating_weight_bytes, rollout_kv_cache_bytes
 from .run import PlannedRun
 from .text import gib_text
@@ -122,7 +122,7 @@ class MemoryPrediction:
             is_worst = any(one is self.worst for one in stages)
             found.append(MemoryRow(label, fullest.phase, fullest.parts_bytes, fullest.total_bytes, is_worst))
         if self.run.rollout is not None and self.run.placement == "split":
-            parts_bytes = {"rollout_weights": generating_weight_bytes(self.run), "kv_cache": rollout_kv_cache_bytes(self.run)}
+            parts_bytes = generating_gpu_bytes(self.run)
             found.append(MemoryRow("engines", "rollout", parts_bytes, sum(parts_bytes.values()), False))
         return found
 

@@ -93,9 +93,13 @@ def test_totals_are_the_sums_of_their_parts(predictions, name: str) -> None:
     assert whole["gpu_hours"] == pytest.approx(whole["steps"] * step_seconds * content["gpus"] / 3600, rel=1e-12)
 
 
-def test_memory_is_that_of_both_phases(predictions) -> None:
+def test_memory_is_that_of_all_phases(predictions, tmp_path) -> None:
     assert {one.phase for one in predictions["grpo"].memory} == {"training", "rollout"}
     assert {one.phase for one in predictions["split"].memory} == {"training"}, "other GPUs generate"
+    run = replace(RUNS["grpo"], rollout=replace(RUNS["grpo"].rollout, offload_training=True))
+    offloading = Prediction.of(run)
+    assert [worst.phase for worst in offloading.worst_of_phases()] == ["training", "weight_sync", "rollout"]
+    draw_prediction(offloading, tmp_path / "plan.png")
 
 
 def test_the_drawn_passes_take_the_predicted_time(predictions) -> None:
@@ -128,8 +132,11 @@ def test_stages_that_differ_in_nothing_that_is_shown_are_one_row(predictions) ->
 
 
 def test_gpus_that_only_generate_have_a_row(predictions) -> None:
-    *_, row = predictions["split"].memory_rows()
-    assert row.label == "engines" and row.total_bytes == pytest.approx(0.8 * predictions["split"].device.hbm_bytes)
+    prediction = predictions["split"]
+    *_, row = prediction.memory_rows()
+    margin_bytes = row.parts_bytes["margin"]
+    assert row.label == "engines" and row.total_bytes - margin_bytes == pytest.approx(0.8 * prediction.device.hbm_bytes)
+    assert margin_bytes == prediction.as_dict()["generating_gpu"]["margin_bytes"] > 3e9
 
 
 def test_what_fits_is_asked_of_the_budget(predictions) -> None:
