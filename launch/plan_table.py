@@ -49,7 +49,7 @@ COLUMN_NAMES = {
 TEXT_COLUMNS = ("a group lies", "layout", "kind", "settings", "reason")
 NARROWEST = 80
 """Columns that tables take at least; a narrower terminal breaks their lines itself, which cuts no number in two."""
-PHASE_WORDS = {"training": "training", "weight_sync": "weight sync", "rollout": "generating"}
+PHASE_WORDS = {"training": "training", "weight_sync": "syncing weights", "rollout": "generating"}
 
 
 @dataclass(frozen=True)

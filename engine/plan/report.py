@@ -64,7 +64,7 @@ class MemoryPrediction:
     """With a rollout, its training plan's batch is what follows from the samples (`optimizer_step_run`)."""
     device: DeviceFacts
     memory: tuple[StageMemory, ...]
-    """Of one rank of each pipeline stage while it trains, and then, with colocated rollout, while it generates."""
+    """Of one rank of each pipeline stage, one phase after another (`memory_phases`)."""
     memory_budget_bytes: float
     """What a rank may take."""
 
