@@ -20,7 +20,7 @@ from .engine_choices import Engines, beside, engine_groups, shares_weights
 from .grpo import GrpoStep, optimizer_step_run
 from .host_memory import fullest_node
 from .layout_fit import microbatch_rule
-from .memory import memory_per_rank, memory_phases, training_memory, worst_stage
+from .memory import colocated_rollout_memory, memory_per_rank, training_memory, worst_stage
 from .nearest import predict
 from .run import PlannedRun, RolloutPlan, TrainingPlan
 from .search_result import HOST_MEMORY, MEMORY, Rejection, SearchResult
@@ -221,12 +221,15 @@ class _Search:
         """Predict a run if it fits and nothing that fits does less."""
         if of_layout.outdoes(run.training):
             return
-        need_bytes = worst_stage(training_memory(run)).total_bytes
+        training = training_memory(run)
+        need_bytes = worst_stage(training).total_bytes
         full = beside(run, engines, self.budget_bytes) if need_bytes <= self.budget_bytes else None
         if full is None:
             of_layout.note(max(need_bytes, worst_stage(memory_per_rank(run)).total_bytes), run)
             return
-        shortage_bytes = fullest_node(full, memory_phases(full)).shortage_bytes if _uses_host(full) else 0.0
+        leaves = full.rollout is not None and full.rollout.offload_training
+        # The host has most to hold while engines generate.
+        shortage_bytes = fullest_node(full, [colocated_rollout_memory(full) if leaves else training]).shortage_bytes
         if shortage_bytes:
             of_layout.note_host(shortage_bytes, full)
             return
@@ -275,10 +278,6 @@ class _Search:
                 break
         insort(self.ranked, entry, key=lambda one: one[:2])
         del self.ranked[self.wanted :]
-
-
-def _uses_host(run: PlannedRun) -> bool:
-    return run.training.offload_optimizer or (run.rollout is not None and run.rollout.offload_training)
 
 
 def _recomputes_no_more(one: TrainingPlan, other: TrainingPlan) -> bool:

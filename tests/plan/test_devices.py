@@ -171,6 +171,11 @@ def test_less_power_is_a_lower_clock():
     assert sustained_fraction(DEVICES["h20"], "bf16") == 1.0
 
 
+def test_hosts_have_what_their_servers_are_sold_with():
+    """32 DIMMs of 64 GB, as the makers of memory count: 2 TB of DGX A100 640GB, H100, H200 and B200."""
+    assert {device.node_host_bytes for device in DEVICES.values()} == {32 * 64 * 2**30}
+
+
 def test_mistakes_name_the_value_and_the_fix():
     with pytest.raises(InputError, match="h100, h100-96gb-500w"):
         device_named("h101")

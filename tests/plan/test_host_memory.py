@@ -176,8 +176,8 @@ def test_searches_propose_nothing_that_the_host_does_not_hold():
 
 @pytest.mark.parametrize("host_memory_gib", [0, 900, 850])
 def test_searches_of_grpo_count_what_leaves_the_gpus_meanwhile(host_memory_gib):
-    """Adam must leave the GPUs while engines generate. On the host a node needs 825 GiB for it, or for the whole trainer and the
-    reference without gradients, and 1,017 if all of this is there."""
+    """Adam must leave the GPUs while engines generate. A node needs 825 GiB of its host for it, or for trainer and reference
+    without gradients, and 1,017 for all of this."""
     space = replace(SPACE, tp=(1,), rollout_tp=(2,), offload_optimizer=(False, True), fsdp=(False, True))
     found = search(QWEN_30B, 8, rollout=RolloutPlan(), space=space, host_memory_gib=host_memory_gib)
     assert bool(found.ranked) == (0.93 * (host_memory_gib or 2048) > 825)
