@@ -3,25 +3,24 @@ printed of them. Nothing here imports torch, so that launch/plan.py doesn't wait
 """
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from strop.engine.config import GIB, InputError, Layout
-from strop.engine.plan.check import check, memory_problem
-from strop.engine.plan.devices import device_named
+from strop.engine.plan.check import check
+from strop.engine.plan.devices import DEVICES, H100, device_named
 from strop.engine.plan.models import SHAPES
 from strop.engine.plan.packing import with_batch
 from strop.engine.plan.problem import Problem
 from strop.engine.plan.report import MemoryPrediction, Prediction
-from strop.engine.plan.rollout_memory import holds_a_sequence, sequence_cache_bytes
+from strop.engine.plan.rollout_memory import generating_weight_bytes, holds_a_sequence, sequence_cache_bytes
 from strop.engine.plan.run import PlannedRun, RolloutPlan, TrainingPlan
 from strop.engine.plan.shape import ModelShape
-from strop.engine.plan.states import rank_state_bytes
 from strop.engine.plan.text import gib_text
 from strop.engine.plan.validation import problems
 from strop.launch.plan_table import make_console, show, show_generation, show_notes, show_problems
+from strop.launch.planned_memory import LaunchedRun
 
 if TYPE_CHECKING:
     from strop.engine.rollout.engine import EngineConfig
@@ -118,13 +117,16 @@ def _generation(engine: "EngineConfig", layout: Layout, width: int, max_new_toke
 
 def _with_cache(run: PlannedRun, kv_cache_gib: float) -> PlannedRun:
     """The run whose engines have a cache of this size: memory_fraction counts it with the weights beside it. As it is where
-    other settings are wrong. Raises InputError for a cache that no such GPU holds."""
+    other settings are wrong. Raises InputError for a cache that no such GPU holds and that may be smaller."""
     device = device_named(run.device)
     if problems(run):
         return run
     run = replace(run, layout=run.layout.resolve(run.training_gpus))
-    weight_bytes = max(rank_state_bytes(run, stage).weights for stage in run.stages())
+    weight_bytes = generating_weight_bytes(run)
+    least_bytes = float(sequence_cache_bytes(run, run.rollout.longest_sample_tokens))
     fraction = (weight_bytes + kv_cache_gib * GIB) / device.hbm_bytes
+    if weight_bytes + least_bytes > device.hbm_bytes:
+        fraction = 1.0
     if fraction > 1:
         raise InputError(
             f"--rollout.kv-cache-gib {kv_cache_gib:g}: with weights of {gib_text(weight_bytes)} GiB it is more than the "
@@ -150,8 +152,7 @@ def assumptions(run: PlannedRun) -> list[str]:
 
 
 def predict(run: PlannedRun) -> tuple[MemoryPrediction | None, list[Problem]]:
-    """(what the run needs and takes, what is wrong with it). What it needs alone where engines have no room for a sequence, so
-    that there is no step; None where mistakes leave nothing to predict.
+    """(what is predicted of the run, what is wrong with it). None where mistakes leave nothing to predict.
 
     Raises InputError for an unknown device, and for samples that don't fit into a sequence.
     """
@@ -162,31 +163,49 @@ def predict(run: PlannedRun) -> tuple[MemoryPrediction | None, list[Problem]]:
     found = check(run)
     if problems(run):
         return None, found
+    return predicted(run), found
+
+
+def predicted(run: PlannedRun) -> MemoryPrediction:
+    """All that can be said of a run without mistakes: what it needs, and what it takes if its engines hold a sequence."""
     has_steps = run.rollout is None or holds_a_sequence(run)
-    return (Prediction if has_steps else MemoryPrediction).of(run), found
+    return (Prediction if has_steps else MemoryPrediction).of(run)
 
 
 def plan_grpo(config: "GrpoConfig", gpus: int, device: str) -> int:
     """--plan of launch/grpo.py; returns the exit code."""
-    run, console = grpo_run(config, gpus, device), make_console()
-    prediction, found = predict(run)
-    shown = [as_plan_flag(problem, run, config.rollout.kv_cache_gib) for problem in found]
-    if prediction is None:
+    require_device(device, gpus)
+
+    def of(layout: Layout, gpus: int, kv_cache_gib: float) -> PlannedRun:
+        rollout = replace(config.rollout, kv_cache_gib=kv_cache_gib)
+        return grpo_run(replace(config, layout=layout, rollout=rollout), gpus, device)
+
+    run, console = of(config.layout, gpus, config.rollout.kv_cache_gib), make_console()
+    found = problems(run)
+    if not found:
+        run = with_batch(run)
+        found = LaunchedRun(run, config.rollout.kv_cache_gib, of, trains=True).problems()
+    shown = [as_plan_flag(problem, run) for problem in found]
+    if problems(run):
         show_problems(shown, console)
     else:
-        show(prediction, shown, console)
+        show(predicted(run), shown, console)
     show_notes(assumptions(run) + ([PROBLEMS_NOTE] if found else []), console)
     return PROBLEMS_EXIT_CODE if found else 0
 
 
 def plan_evaluation(config: "EvaluateConfig", gpus: int, device: str) -> int:
     """--plan of launch/evaluate.py; returns the exit code."""
-    run, console = evaluation_run(config, gpus, device), make_console()
-    found = problems(run)
-    if not found and not holds_a_sequence(run):
-        found = [memory_problem(run, device_named(run.device).hbm_bytes)]
+    require_device(device, gpus)
+
+    def of(layout: Layout, gpus: int, kv_cache_gib: float) -> PlannedRun:
+        rollout = replace(config.rollout, kv_cache_gib=kv_cache_gib)
+        return evaluation_run(replace(config, layout=layout, rollout=rollout), gpus, device)
+
+    run, console = of(config.layout, gpus, config.rollout.kv_cache_gib), make_console()
+    found = problems(run) or LaunchedRun(run, config.rollout.kv_cache_gib, of, trains=False).problems()
     if found:
-        show_problems([as_plan_flag(problem, run, config.rollout.kv_cache_gib) for problem in found], console)
+        show_problems([as_plan_flag(problem, run) for problem in found], console)
     else:
         show_generation(run, console)
     notes = [] if config.eval.questions else [QUESTIONS_NOTE]
@@ -194,14 +213,15 @@ def plan_evaluation(config: "EvaluateConfig", gpus: int, device: str) -> int:
     return PROBLEMS_EXIT_CODE if found else 0
 
 
-def as_plan_flag(problem: Problem, run: PlannedRun, kv_cache_gib: float) -> Problem:
-    """The problem as a launch file with --plan has it: the number of GPUs is part of that flag, and the engine's memory is
-    given as that of its KV cache."""
-    if problem.setting == "rollout.memory_fraction":
-        longest = run.rollout.longest_sample_tokens
-        least_gib = math.ceil(sequence_cache_bytes(run, longest) / GIB * 1000) / 1000
-        reason = f"a sequence of {longest:,} tokens takes {least_gib:g} GiB"
-        return Problem("rollout.kv_cache_gib", f"{kv_cache_gib:g}", reason, (f"{least_gib:g}",))
+def require_device(device: str, gpus: int) -> None:
+    """Raises InputError, as of --plan, for a GPU that the planner doesn't know."""
+    if device not in DEVICES:
+        named = device or f"x{gpus}"
+        raise InputError(f"--plan {named}: which GPU is that? Name one of {', '.join(DEVICES)}; {H100.name}x8 is eight of them")
+
+
+def as_plan_flag(problem: Problem, run: PlannedRun) -> Problem:
+    """The problem as a launch file with --plan has it: the number of GPUs is part of that flag."""
 
     def named(setting: str, values: tuple[Any, ...]) -> tuple[str, tuple[Any, ...]]:
         return ("plan", tuple(f"{run.device}x{gpus}" for gpus in values)) if setting == "gpus" else (setting, values)

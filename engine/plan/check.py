@@ -1,17 +1,17 @@
 """All that is wrong with a planned run, memory included, each with the settings nearest to it that would work."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 from ..config import GIB, Layout
 from .devices import device_named
 from .host_memory import SYSTEM_BYTES_PER_GPU, NodeMemory, fullest_node
 from .memory import Phase, StageMemory, fits, generating_gpu_bytes, memory_per_rank, memory_phases, worst_stage
-from .nearest import least_memory_fraction, nearest_that_fit
+from .nearest import fewest_gpus, least_memory_fraction, ways_out
 from .problem import Problem
 from .rollout_memory import cache_shortage, holds_a_sequence
 from .run import PlannedRun
-from .states import rank_state_bytes
 from .text import gib_text, words
 from .validation import problems
 
@@ -32,18 +32,26 @@ def check(run: PlannedRun) -> list[Problem]:
         return found
     budget_bytes = device_named(run.device).hbm_bytes
     if not fits(run, budget_bytes):
-        nearest = tuple(map(str, nearest_that_fit(run, budget_bytes)))
-        found.append(replace(memory_problem(run, budget_bytes), nearest=nearest, planned=True))
+        *before, last = memory_problems(run, budget_bytes)
+        ways, said = ways_out(run, budget_bytes)
+        reason = "; ".join(filter(None, [last.reason, said]))
+        found = [*before, replace(last, reason=reason, nearest=tuple(map(str, ways)), planned=True)]
     return found
 
 
-def memory_problem(run: PlannedRun, budget_bytes: float) -> Problem:
-    """What doesn't fit, in GiB by part, of each phase: on the device, else on the host of a node."""
-    if run.rollout is not None and not holds_a_sequence(run):
-        if least_memory_fraction(run) < 1:
-            return Problem("rollout.memory_fraction", run.rollout.memory_fraction, cache_shortage(run))
-        return Problem("rollout.tp", run.rollout.tp, cache_shortage(run))
-    if run.rollout is not None and run.placement == "split":
+def memory_problems(run: PlannedRun, budget_bytes: float) -> list[Problem]:
+    """What doesn't fit of a run that doesn't: its engines, and its trainer with what is on the same GPUs."""
+    return [*engine_memory_problems(run, budget_bytes), *_trainer_memory_problems(run, budget_bytes)]
+
+
+def engine_memory_problems(run: PlannedRun, budget_bytes: float) -> Iterator[Problem]:
+    """A KV cache that doesn't hold a sequence, else a GPU that only generates and needs too much."""
+    if run.rollout is None:
+        return
+    if not holds_a_sequence(run):
+        setting = "memory_fraction" if least_memory_fraction(run) < 1 else "tp"
+        yield Problem(f"rollout.{setting}", getattr(run.rollout, setting), cache_shortage(run))
+    elif run.placement == "split":
         parts_bytes = generating_gpu_bytes(run)
         total_bytes = sum(parts_bytes.values())
         if total_bytes > budget_bytes:
@@ -51,21 +59,26 @@ def memory_problem(run: PlannedRun, budget_bytes: float) -> Problem:
                 f"a GPU that generates needs {gib_text(total_bytes)} GiB of {gib_text(budget_bytes)} GiB "
                 f"(GiB: {_named(parts_bytes)}); {gib_text(parts_bytes['margin'])} of it beside the engine's share"
             )
-            return Problem("rollout.memory_fraction", run.rollout.memory_fraction, reason)
+            yield Problem("rollout.memory_fraction", run.rollout.memory_fraction, reason)
+
+
+def _trainer_memory_problems(run: PlannedRun, budget_bytes: float) -> Iterator[Problem]:
+    """In GiB by part, of each phase: on the device, and on the host of a node."""
     fewest = fewest_gpus(run, budget_bytes)
     if fewest > run.training_gpus:
         reason = f"weights, gradients and optimizer states alone fill {fewest:,} GPUs, and {run.training_gpus:,} train"
-        return Problem("gpus", run.gpus, f"{reason}; {needs(worst_stage(memory_per_rank(run)), budget_bytes)}")
+        yield Problem("gpus", run.gpus, f"{reason}; {needs(worst_stage(memory_per_rank(run)), budget_bytes)}")
+        return
     phases = memory_phases(run)
     worst, node = [worst_stage(phase) for phase in phases], fullest_node(run, phases)
     too_large = [needs(one, budget_bytes) for one in worst if one.total_bytes > budget_bytes]
-    if not too_large:
+    if too_large:
+        too_large += [host_needs(node)] if node.shortage_bytes else []
+        yield Problem("device", run.device, "; ".join(too_large))
+    elif node.shortage_bytes:
         fewest = fewest_gpus_of_hosts(run)
         too_few = f"; the hosts of {fewest:,} GPUs at the least hold so much" if fewest > run.training_gpus else ""
-        return Problem("host_memory_gib", f"{node.installed_bytes / GIB:g}", host_needs(node) + too_few)
-    if node.shortage_bytes:
-        too_large.append(host_needs(node))
-    return Problem("device", run.device, "; ".join(too_large))
+        yield Problem("host_memory_gib", f"{node.installed_bytes / GIB:g}", host_needs(node) + too_few)
 
 
 def needs(worst: StageMemory, budget_bytes: float) -> str:
@@ -99,9 +112,3 @@ def fewest_gpus_of_hosts(run: PlannedRun) -> int:
 def _named(parts_bytes: dict[str, float]) -> str:
     parts = sorted(parts_bytes.items(), key=lambda part: -part[1])
     return ", ".join(f"{words(name)} {size / GIB:,.1f}" for name, size in parts if size >= SMALLEST_PART_BYTES)
-
-
-def fewest_gpus(run: PlannedRun, budget_bytes: float) -> int:
-    """GPUs that hold the run's weights, gradients and optimizer states, each once, however they are laid out."""
-    alone = replace(run, gpus=1, layout=Layout(dp=1), stage_layers=(), rollout=None, placement="colocated")
-    return math.ceil(rank_state_bytes(alone, alone.stages()[0]).on_device / budget_bytes)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from .check import memory_problem
+from .check import memory_problems
 from .grpo import GrpoStep
 from .memory import memory_per_rank, worst_stage
 from .nearest import Working, nearest_that_fit
@@ -34,7 +34,7 @@ class Rejection:
     @cached_property
     def reason(self) -> str:
         """Why it fails, with the wrong numbers."""
-        return self.problem or memory_problem(self.run, self.budget_bytes).reason
+        return self.problem or "; ".join(one.reason for one in memory_problems(self.run, self.budget_bytes))
 
     @cached_property
     def need_bytes(self) -> float:

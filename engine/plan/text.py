@@ -22,6 +22,11 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} us"
 
 
+def printed_seconds(seconds: float) -> float:
+    """The number that `seconds_text` prints, in seconds."""
+    return float(round(seconds)) if seconds >= 1000 else float(f"{seconds:.3g}")
+
+
 def gib_text(size_bytes: float) -> str:
     """Bytes as GiB with one digit behind the point, without the unit."""
     return f"{size_bytes / GIB:,.1f}"
