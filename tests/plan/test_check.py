@@ -148,3 +148,15 @@ def test_check_names_the_wrong_degree():
         SHAPES["llama3-8b"], 12, layout=Layout(tp=6, sp=True, dp=2), training=TrainingPlan(global_batch_sequences=12)
     )
     assert any(problem.setting == "layout.tp" and problem.nearest for problem in check(run))
+
+
+def test_gpus_that_generate_hold_nothing_of_a_split_trainer():
+    """DeepSeek-V3's states, 18 bytes a parameter, fill 146 of 160 GPUs, and 128 train."""
+    rollout = RolloutPlan(gpus=32, tp=32, weights_dtype_bytes=1)
+    run = PlannedRun.of(
+        SHAPES["deepseek-v3"], 160, layout=Layout(ep=128), placement="split", rollout=rollout,
+        training=TrainingPlan(fsdp=True),
+    )  # fmt: skip
+    assert 128 < fewest_gpus(run, HBM_BYTES) < 160
+    problem = memory_problem(run, HBM_BYTES)
+    assert problem.setting == "gpus" and "and 128 train" in problem.reason

@@ -75,7 +75,7 @@ def test_a_draft_takes_a_layer_and_the_head():
 
 
 def test_experts_compute_the_tokens_of_all_replicas(monkeypatch):
-    """8 replicas of 4 sequences choose 8 of 128 experts each: 128 x (1 - (15 / 16)^32) = 111.8 of them, 14 a GPU, of 32 rows."""
+    """8 replicas of 4 sequences choose 8 of 128 experts each: 128 x (1 - (15 / 16)^32) = 112 of them, 14 a GPU, 32 rows."""
     seen = set()
 
     def record(device, groups, m, n, k, precision, **_):

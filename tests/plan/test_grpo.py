@@ -174,8 +174,9 @@ def test_energy_is_that_of_what_each_gpu_does(ahead):
 def test_log_probs_of_one_micro_batch_pass_all_hops():
     """One sequence through 4 ranks: every rank's forward pass in turn, and 3 messages between them."""
     run = PlannedRun.of(
-        SHAPES["qwen3-8b"], 4, layout=Layout(pp=4), training=TrainingPlan(global_batch_sequences=1, sequence_length_tokens=65536)
-    )
+        SHAPES["qwen3-8b"], 4, layout=Layout(pp=4),
+        training=TrainingPlan(global_batch_sequences=1, sequence_length_tokens=65536),
+    )  # fmt: skip
     work = Work(run, device_named("h100"))
     passes = sum(chunk.stage_seconds().forward for chunk in chunk_times(work))
     hop_seconds = collective_seconds(device_named("h100"), "send_recv", 2 * 65536 * 4096, 4, 4)

@@ -17,8 +17,10 @@ from strop.engine.plan.memory import (
     PARTS,
     StageMemory,
     colocated_rollout_memory,
+    communication_bytes,
     fits,
     memory_per_rank,
+    outside_bytes,
     training_memory,
     worst_stage,
 )
@@ -295,3 +297,36 @@ def test_larger_micro_batches_raise_activations_and_totals_are_sums(shape, seque
         assert set(after.parts_bytes) == set(PARTS) and min(after.parts_bytes.values()) >= 0
         assert after.total_bytes == sum(after.parts_bytes.values())
         assert after.allocated_bytes < after.reserved_bytes < after.total_bytes
+
+
+@pytest.mark.parametrize(
+    "layout, buffers_bytes",
+    [
+        # Keys and values of 8 heads, that attention reads and that arrive: 4 tensors of the block's 2,048 tokens.
+        ({"cp": 2}, 4 * 2048 * 8 * 128 * 2),
+        ({"cp": 2, "cp_kind": "ulysses"}, 0),
+        ({"pp": 2}, 2 * 4096 * 4096 * 2),  # what arrives and what leaves
+        # The largest unit is embedding or head: two of them gathered in 16 bits, a gradient in 16 bits and, summed, in 32.
+        ({"fsdp": True}, 128_256 * 4096 * (2 + 2 + 2 + 4)),
+        # The last of two ranks: head, last norm and 16 layers of 218,112,000, whole in 16 bits with 32-bit gradients.
+        ({"fsdp": True, "pp": 2}, (128_256 * 4096 + 4096 + 16 * 218_112_000) * (2 + 4) + 2 * 4096 * 4096 * 2),
+    ],
+)
+def test_buffers_of_collectives(layout, buffers_bytes):
+    run = planned(LLAMA_8B, 8, **layout)
+    assert communication_bytes(run, run.stages()[-1]) == pytest.approx(buffers_bytes)
+
+
+@pytest.mark.parametrize(
+    "gpus, layout, groups",
+    [
+        (1, {}, 0),
+        (8, {}, 2),  # the world and its replicas
+        (8, {"ep": 8}, 3),
+        (8, {"tp": 2, "sp": True, "cp": 2, "pp": 2}, 4),
+        (64, {"tp": 2, "sp": True, "cp": 2, "pp": 2, "ep": 4}, 6),
+    ],
+)
+def test_every_group_of_ranks_has_buffers_of_nccl(gpus, layout, groups):
+    context_and_kernels = 0.52 + 3.0
+    assert outside_bytes(planned(QWEN_30B, gpus, **layout)) / GIB == pytest.approx(context_and_kernels + 0.4 * groups)

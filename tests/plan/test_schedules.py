@@ -214,3 +214,15 @@ def test_a_pair_takes_no_less_than_its_longer_half_and_no_more_than_both(compute
     assert pair(0.0) == pytest.approx(total)
     assert pair(exchange) <= (1 + contention) * total + exchange + 1e-9
     assert pair(exchange + more) >= pair(exchange) - 1e-9
+
+
+def test_the_pace_is_the_busiest_ranks_in_the_end():
+    """The last rank, 7.71 a micro-batch, sets the pace until the first one, 7.98, has no gaps left to fill."""
+    sizes = [(3.19, 4.79), (1.34, 2.01), (1.24, 2.48), (1.01, 1.01), (1.08, 1.08), (1.1, 1.65), (1.06, 1.59), (2.57, 5.14)]
+    stages = [StageSeconds(*size, 0.0) for size in sizes]
+    intervals = simulate(
+        one_forward_one_backward(8, 640), lambda rank, slot: sum(sizes[rank][one.work == "backward"] for one in slot)
+    )
+    seconds = pipeline_time("1f1b", stages, 8, 640).total_seconds
+    assert seconds >= 640 * 7.98
+    assert seconds == pytest.approx(max(one.end_seconds for one in intervals), rel=0.002)

@@ -16,7 +16,7 @@ from strop.engine.plan.memory import fits, memory_per_rank, training_memory, wor
 from strop.engine.plan.models import SHAPES
 from strop.engine.plan.packing import with_batch
 from strop.engine.plan.run import PlannedRun, RolloutPlan, TrainingPlan
-from strop.engine.plan.search import MEMORY_RESERVE, search
+from strop.engine.plan.search import MEMORY_RESERVE, _OfLayout, search
 from strop.engine.plan.stage_balance import balanced_stage_layers
 from strop.engine.plan.training import train_step
 from strop.engine.plan.validation import problems
@@ -298,3 +298,21 @@ def test_bounds_of_fsdp_with_and_without_a_pipeline_do_not_share_what_they_know(
             at_least_seconds = shared.at_least_seconds(run)
             assert at_least_seconds == Bounds(SHAPES[name]).at_least_seconds(run)
             assert at_least_seconds <= train_step(run).step_seconds
+
+
+@pytest.mark.parametrize(
+    "other, beside_fastest_engines, outdone",
+    [
+        ({"recompute": ("norms", "activation")}, False, True),
+        ({"recompute": ("norms",)}, False, False),  # another part
+        ({"recompute": ("layer",)}, False, True),  # holds all parts
+        ({"offload_optimizer": True}, True, True),
+        ({"offload_optimizer": True}, False, False),  # it makes room for faster engines
+        ({"fsdp": True}, True, False),
+        ({}, True, True),
+    ],
+)
+def test_what_is_surely_no_faster_than_what_fits_is_not_tried(other, beside_fastest_engines, outdone):
+    fits_already = replace(PLAN, recompute=("activation",))
+    of_layout = _OfLayout(open=1, fitting=[(fits_already, beside_fastest_engines)])
+    assert of_layout.outdoes(replace(fits_already, **other)) == outdone
