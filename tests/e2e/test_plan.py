@@ -110,6 +110,18 @@ def test_narrow_pipes_are_readable(launcher) -> None:
     assert "training   weights" in at_forty, "a narrower terminal gets the same lines"
 
 
+def test_what_lies_on_the_host_must_fit_into_it(launcher) -> None:
+    """Adam's 455 GiB, a quarter more, and 256 of the system."""
+    flags = ("--gpus", 8, "--layout.ep", 8, "--training.offload-optimizer", "--training.recompute", "layer")
+    output = launcher.run("plan.py", "qwen3-30b-a3b", *flags, COLUMNS="200")
+    assert "Host: 56.9 GiB a GPU, 824.7 of 1,904.6 usable GiB a node (optimizer 455.0, rounding 113.7, system 256.0)." in output
+    less = launcher.run("plan.py", "qwen3-30b-a3b", *flags, "--host-memory-gib", 512, code=PROBLEMS)
+    assert "problem: --host-memory-gib 512: the host of a node needs 824.7 GiB of 476.2 usable GiB" in less
+    assert "--host-memory-gib -1.0: must be at least 0" in launcher.run(
+        "plan.py", "qwen3-30b-a3b", *flags, "--host-memory-gib", -1, code=PROBLEMS
+    )
+
+
 def test_search(launcher) -> None:
     written = launcher.folder / "search.json"
     output = launcher.run(
@@ -133,7 +145,10 @@ def test_search(launcher) -> None:
     assert again and json.loads(written.read_text())["training_step"] == best[0]["training_step"]
 
 
-@pytest.mark.parametrize("flags", [("--grpo",), ("--grpo", "--space.placements", "split", "--training.recompute", "layer")])
+@pytest.mark.parametrize(
+    "flags",
+    [("--grpo", "--host-memory-gib", 1500.5), ("--grpo", "--space.placements", "split", "--training.recompute", "layer")],
+)
 def test_a_searched_row_is_planned_again_by_its_command(launcher, flags) -> None:
     written = launcher.folder / "plan.json"
     model = ("qwen3-0.6b", "--gpus", 8, "--steps", 5, "--device", "H200")
@@ -146,6 +161,8 @@ def test_a_searched_row_is_planned_again_by_its_command(launcher, flags) -> None
             key: row[key] for key in row if key not in ("plan_command", "command")
         }
         assert "layer" in row["training"]["recompute"] or "layer" not in flags
+        installed_gib = row["host_memory_per_node"]["installed_bytes"] / 2**30
+        assert installed_gib == (1500.5 if "--host-memory-gib" in flags else 2048)
 
 
 @pytest.mark.parametrize(
