@@ -12,7 +12,7 @@ from strop.engine.plan.models import SHAPES
 from strop.engine.plan.run import PlannedRun, TrainingPlan
 from strop.engine.plan.states import rank_parameters
 from strop.engine.plan.training import layer_pass, pipeline_messages, train_step
-from strop.engine.plan.update_time import data_parallel_transfers
+from strop.engine.plan.update_time import data_parallel_transfers, optimizer_seconds
 
 DENSE, MOE, LATENT = (SHAPES[name] for name in ("llama3-8b", "qwen3-30b-a3b", "deepseek-v3"))
 
@@ -147,3 +147,17 @@ def test_a_recomputed_layer_exchanges_its_forward_collectives_again():
     assert kinds == ["dispatch", "combine"]
     assert [one.kind for one in layer_pass(again, 0).exchanges if one.direction == "backward"] == ["dispatch", "combine"] * 2
     assert layer_pass(again, 0).part("recompute") == pytest.approx(layer_pass(again, 0).part("forward"))
+
+
+def test_a_step_waits_for_the_rank_whose_update_takes_longest():
+    """Adam of the second stage has most to do, but the gradients of a tied embedding, which the ends exchange, take longer."""
+    run = PlannedRun.of(
+        SHAPES["qwen3-4b"], 32, layout=Layout(pp=4), stage_layers=(6, 15, 9, 6), training=TrainingPlan(overlap_data=False)
+    )
+    work = Work(run, device_named("h100"))
+    exchange = [sum(one.seconds for one in data_parallel_transfers(work, stage, 0.0, 0.0)) for stage in run.stages()]
+    adam = [optimizer_seconds(work, stage) for stage in run.stages()]
+    slowest = max(range(4), key=lambda rank: exchange[rank] + adam[rank])
+    assert slowest != max(range(4), key=adam.__getitem__)
+    parts = train_step(run).parts_seconds
+    assert (parts["exposed_data"], parts["optimizer"]) == (exchange[slowest], adam[slowest])
