@@ -228,8 +228,8 @@ def embedding_exchanges(work: Work) -> list[Exchange]:
 def gathered_weights(
     work: Work, held: RankParameters, others: list[Exchange], busy_seconds: dict[Literal["forward", "backward"], float]
 ) -> list[Exchange]:
-    """FSDP: a layer's weights are gathered before each of its passes and its gradients scattered after the backward one,
-    beside the same pass of its neighbours.
+    """FSDP: a layer's weights are gathered before each of its passes and its gradients scattered after the backward one, with
+    overlap_data beside the same pass of its neighbours.
 
     `busy_seconds`: of a pass without exchanges, the GPU's waits for its CPU included. `others`: the pass's other exchanges.
     While it waits for those, weights can travel too, unless they need the same link.
@@ -256,9 +256,9 @@ def gathered_weights(
                 hidden_by_pairs = work.run.pairs_passes and other.axis in ("ep", "etp")
                 beside += 0.0 if hidden_by_pairs else other.exposed_seconds
                 beside -= other.seconds if _leaves_node(work, other.axis) == of_weights else 0.0
-        exposed = total - hidden_seconds(work, total, max(beside, 0.0))
+        hidden = hidden_seconds(work, total, max(beside, 0.0)) if training.overlap_data else 0.0
         exchanges += [
-            Exchange(axis, kind, direction, sent, seconds, exposed * seconds / total)
+            Exchange(axis, kind, direction, sent, seconds, (total - hidden) * seconds / total)
             for axis, kind, _, sent, seconds in here
             if seconds
         ]

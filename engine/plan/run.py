@@ -69,7 +69,8 @@ class TrainingPlan:
     overlap_tensor: bool = True
     """Tensor-parallel collectives run beside pieces of the product that needs them."""
     overlap_data: bool = True
-    """Gradient reduce-scatter and parameter all-gather run beside the first and last micro-batches."""
+    """Gradients are scattered and weights gathered beside the last and the first micro-batch; with FSDP that gathers in every
+    pass, beside the passes of neighbouring layers."""
     attention_kernel: Literal["flash2", "flash3"] = "flash3"
     """FlashAttention's generation. 2 is what torch's scaled_dot_product_attention runs; 3 stands for cuDNN's as well."""
     compiled: bool = True

@@ -154,3 +154,10 @@ def test_weights_are_gathered_beside_computation_and_waiting_for_other_links(ep,
     tokens = Exchange("ep", "dispatch", "forward", 0.0, 0.2 * total, 0.2 * total)
     exchanges = gathered_weights(work, held, [tokens], {"forward": 0.4 * total})
     assert sum(one.exposed_seconds for one in exchanges) == pytest.approx((1 - beside) * total)
+
+
+def test_without_overlap_every_gathering_is_waited_for():
+    run = planned(MOE, 16, Layout(ep=8), fsdp=True, overlap_data=False)
+    work, held = Work(run, device_named("h100")), layer_rank_parameters(run, 0)
+    exchanges = gathered_weights(work, held, [], {"forward": 1.0, "backward": 1.0})
+    assert len(exchanges) == 6 and all(one.exposed_seconds == pytest.approx(one.seconds) for one in exchanges)

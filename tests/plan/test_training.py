@@ -155,6 +155,7 @@ SLOWER = {
     "unhidden experts": ("interleaved", {"overlap_expert": False}),
     "unhidden tensors": ("tensor parallel", {"overlap_tensor": False}),
     "unhidden gradients": ("pipeline", {"overlap_data": False}),
+    "unhidden weights": ("fsdp", {"overlap_data": False}),
     "gradient bytes": ("fsdp", {"gradient_dtype_bytes": 4}),
     "recomputation": ("tensor parallel", {"recompute": ("layer",)}),
     "partial recomputation": ("tensor parallel", {"recompute": ("norms",)}),
