@@ -271,6 +271,8 @@ def show_search(result: "SearchResult", shown: Sequence[Prediction], commands: S
         reasons.add_row(f"{count:,}", reason)
     if reasons.row_count:
         to.print(Section(f"Rejected: {len(result.rejected):,}", reasons))
+    if lack := result.lack_of_ways():
+        to.print(Text(f"Of the layout that is nearest to fitting: {lack}."), soft_wrap=True)
     for way in result.ways_out():
         to.print(Text(f"nearest that works: {way}"), soft_wrap=True)
 

@@ -33,7 +33,7 @@ def check(run: PlannedRun) -> list[Problem]:
     budget_bytes = device_named(run.device).hbm_bytes
     if not fits(run, budget_bytes):
         *before, last = memory_problems(run, budget_bytes)
-        ways, said = ways_out(run, budget_bytes)
+        ways, said = ways_out([run], budget_bytes)
         reason = "; ".join(filter(None, [last.reason, said]))
         found = [*before, replace(last, reason=reason, nearest=tuple(map(str, ways)), planned=True)]
     return found
@@ -41,10 +41,10 @@ def check(run: PlannedRun) -> list[Problem]:
 
 def memory_problems(run: PlannedRun, budget_bytes: float) -> list[Problem]:
     """What doesn't fit of a run that doesn't: its engines, and its trainer with what is on the same GPUs."""
-    return [*engine_memory_problems(run, budget_bytes), *_trainer_memory_problems(run, budget_bytes)]
+    return [*_engine_memory_problems(run, budget_bytes), *trainer_memory_problems(run, budget_bytes)]
 
 
-def engine_memory_problems(run: PlannedRun, budget_bytes: float) -> Iterator[Problem]:
+def _engine_memory_problems(run: PlannedRun, budget_bytes: float) -> Iterator[Problem]:
     """A KV cache that doesn't hold a sequence, else a GPU that only generates and needs too much."""
     if run.rollout is None:
         return
@@ -62,7 +62,7 @@ def engine_memory_problems(run: PlannedRun, budget_bytes: float) -> Iterator[Pro
             yield Problem("rollout.memory_fraction", run.rollout.memory_fraction, reason)
 
 
-def _trainer_memory_problems(run: PlannedRun, budget_bytes: float) -> Iterator[Problem]:
+def trainer_memory_problems(run: PlannedRun, budget_bytes: float) -> Iterator[Problem]:
     """In GiB by part, of each phase: on the device, and on the host of a node."""
     fewest = fewest_gpus(run, budget_bytes)
     if fewest > run.training_gpus:

@@ -1,7 +1,7 @@
 """The settings nearest to a run's that would fit into memory: as few changed as it takes, fastest first; else more GPUs."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -82,11 +82,13 @@ def predict(run: PlannedRun) -> StepTime | GrpoStep:
     return train_step(run) if run.rollout is None else grpo_step(run)
 
 
-def ways_out(run: PlannedRun, budget_bytes: float) -> tuple[list[Working], str]:
-    """(ways to make the run work, with more GPUs only where there is no other; what is to be said of their lack, or "")."""
-    found = nearest_that_fit(run, budget_bytes)
-    if found:
-        return found, ""
+def ways_out(runs: Sequence[PlannedRun], budget_bytes: float) -> tuple[list[Working], str]:
+    """(ways to make the first of these runs work that there are any for, or with more GPUs the last; what is to be said where
+    no change was enough without, else "")."""
+    for run in runs:
+        found = nearest_that_fit(run, budget_bytes)
+        if found:
+            return found, ""
     found = nearest_with_more_gpus(run, budget_bytes)
     said = f"no change of up to {MOST_CHANGES} settings fits on {run.gpus:,} GPU{'s' if run.gpus > 1 else ''}"
     return found, said if found else f"{said}, nor on up to {GPU_FACTORS[-1] * run.gpus:,}"

@@ -6,7 +6,7 @@ from functools import cached_property
 from .check import memory_problems
 from .grpo import GrpoStep
 from .memory import memory_per_rank, worst_stage
-from .nearest import Working, nearest_that_fit
+from .nearest import Working, ways_out
 from .run import PlannedRun
 from .text import layout_text, settings_text
 from .training import StepTime
@@ -87,16 +87,18 @@ class SearchResult:
         return [(f"{group.nearest.reason}, with {group.nearest.layout}", group.count) for group in self.groups()]
 
     def ways_out(self) -> list[Working]:
-        """Where nothing works: the layout nearest to fitting into memory, changed until it does, fastest first."""
-        return self._ways_out
+        """Where nothing works: the layout nearest to fitting into memory, changed until it does, or else with more GPUs."""
+        return self._ways_out[0]
+
+    def lack_of_ways(self) -> str:
+        """What is to be said where nothing works and no change was enough without more GPUs; else ""."""
+        return self._ways_out[1]
 
     @cached_property
-    def _ways_out(self) -> list[Working]:
-        if self.ranked:
-            return []
-        found = (nearest_that_fit(_nearest(self._for_lack_of(cause)).run, self.budget_bytes)
-                 for cause in (HOST_MEMORY, MEMORY) if self._for_lack_of(cause))  # fmt: skip
-        return next(filter(None, found), [])
+    def _ways_out(self) -> tuple[list[Working], str]:
+        too_large = [self._for_lack_of(cause) for cause in (HOST_MEMORY, MEMORY)]
+        nearest = [] if self.ranked else [_nearest(rejections).run for rejections in too_large if rejections]
+        return ways_out(nearest, self.budget_bytes) if nearest else ([], "")
 
     @property
     def smallest_need_bytes(self) -> float:
