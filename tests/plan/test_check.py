@@ -158,5 +158,5 @@ def test_gpus_that_generate_hold_nothing_of_a_split_trainer():
         training=TrainingPlan(fsdp=True),
     )  # fmt: skip
     assert 128 < fewest_gpus(run, HBM_BYTES) < 160
-    problem = memory_problem(run, HBM_BYTES)
+    problem = memory_problems(run, HBM_BYTES)[0]
     assert problem.setting == "gpus" and "and 128 train" in problem.reason
