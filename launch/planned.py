@@ -221,10 +221,12 @@ def require_device(device: str, gpus: int) -> None:
 
 
 def as_plan_flag(problem: Problem, run: PlannedRun) -> Problem:
-    """The problem as a launch file with --plan has it: the number of GPUs is part of that flag."""
+    """The problem as a launch file with --plan has it, which names kind and number of GPUs."""
 
     def named(setting: str, values: tuple[Any, ...]) -> tuple[str, tuple[Any, ...]]:
-        return ("plan", tuple(f"{run.device}x{gpus}" for gpus in values)) if setting == "gpus" else (setting, values)
+        if setting == "gpus":
+            return "plan", tuple(f"{run.device}x{gpus}" for gpus in values)
+        return ("plan", tuple(f"{device}x{run.gpus}" for device in values)) if setting == "device" else (setting, values)
 
     setting, (value,) = named(problem.setting, (problem.value,))
     nearest = problem.nearest if problem.planned else named(problem.setting, problem.nearest)[1]
