@@ -160,26 +160,27 @@ def hidden_seconds(work: Work, seconds: float, compute_seconds: float) -> float:
 
 def _context_parallel(work: Work, operations: dict[str, Operation]) -> list[Exchange]:
     """Ring: keys and values travel to the next rank cp - 1 times beside attention (backward their gradients too).
-    Ulysses: queries, keys, values and the output are exchanged between heads and tokens (arXiv 2309.14509); of keys and values
-    each rank gets all tokens of at least one head, however few there are."""
+    Ulysses: queries, keys, values and the output are exchanged between heads and tokens, one after another (arXiv 2309.14509);
+    of keys and values each rank gets all tokens of at least one head, however few there are."""
     shape, layout = work.run.shape, work.run.layout
     if shape.mla is not None:
         heads = shape.num_heads // layout.tp
-        query, output = heads * (shape.mla.nope_dim + shape.mla.rope_dim), heads * shape.mla.value_dim
-        key_value = query + output
+        query = key = heads * (shape.mla.nope_dim + shape.mla.rope_dim)
+        value = output = heads * shape.mla.value_dim
     else:
         query = output = shape.num_heads // layout.tp * shape.head_dim
-        key_value = 2 * work.run.attended_kv_heads * shape.head_dim
+        key = value = work.run.attended_kv_heads * shape.head_dim
+    width_bytes = work.element_bytes * work.tokens
     core = operations["core_attention"]
     exchanges = []
     for direction, beside, tensors in (("forward", core.forward_seconds, 1), ("backward", core.backward_input_seconds, 2)):
         if layout.cp_kind == "ulysses":
-            payload = work.element_bytes * work.tokens * (query + key_value + output)
-            sent, seconds = collective(work, "cp", "all_to_all", payload)
-            exchanges.append(Exchange("cp", "all_to_all", direction, sent, seconds, seconds, 4))
+            each = [collective(work, "cp", "all_to_all", width_bytes * width) for width in (query, key, value, output)]
+            sent, seconds = map(sum, zip(*each, strict=True))
+            exchanges.append(Exchange("cp", "all_to_all", direction, sent, seconds, seconds, len(each)))
             continue
         hops = layout.cp - 1
-        sent, seconds = collective(work, "cp", "send_recv", tensors * work.element_bytes * work.tokens * key_value)
+        sent, seconds = collective(work, "cp", "send_recv", tensors * width_bytes * (key + value))
         exposed = hops * (seconds - hidden_seconds(work, seconds, beside / layout.cp))
         exchanges.append(Exchange("cp", "send_recv", direction, hops * sent, hops * seconds, exposed, hops))
     return exchanges

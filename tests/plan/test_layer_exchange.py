@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from strop.engine.config import Layout
+from strop.engine.plan.collectives import collective_seconds
 from strop.engine.plan.devices import device_named
 from strop.engine.plan.layer_exchange import Exchange, column, gathered_weights, layer_exchanges, row
 from strop.engine.plan.layer_time import Operation, Work, layer_operations
@@ -161,3 +162,18 @@ def test_without_overlap_every_gathering_is_waited_for():
     work, held = Work(run, device_named("h100")), layer_rank_parameters(run, 0)
     exchanges = gathered_weights(work, held, [], {"forward": 1.0, "backward": 1.0})
     assert len(exchanges) == 6 and all(one.exposed_seconds == pytest.approx(one.seconds) for one in exchanges)
+
+
+@pytest.mark.parametrize(
+    "name, widths",
+    [("llama3-8b", (32 * 128, 8 * 128, 8 * 128, 32 * 128)), ("deepseek-v3", (128 * 192, 128 * 192, 128 * 128, 128 * 128))],
+)
+def test_ulysses_starts_four_exchanges(name, widths):
+    """Queries, keys, values and the output, each on its own."""
+    work = Work(planned(SHAPES[name], 8, Layout(cp=8, cp_kind="ulysses")), device_named("h100"))
+    operations = {one.name: one for one in layer_operations(work, 0)}
+    seconds = sum(collective_seconds(work.device, "all_to_all", 2 * TOKENS / 8 * width, 8, 8) for width in widths)
+    exchanges = [one for one in layer_exchanges(work, 0, operations) if one.axis == "cp"]
+    for one in exchanges:
+        assert one.count == 4 and one.seconds == one.exposed_seconds == pytest.approx(seconds)
+    assert [one.direction for one in exchanges] == ["forward", "backward"]
