@@ -13,7 +13,7 @@ from strop.engine.plan.devices import DEVICES
 from strop.engine.plan.facts import total_parameters
 from strop.engine.plan.memory import fits, memory_per_rank, worst_stage
 from strop.engine.plan.models import SHAPES
-from strop.engine.plan.nearest import LOSSY, Working, fewest_gpus, least_memory_fraction, nearest_that_fit, predict
+from strop.engine.plan.nearest import LOSSY, Working, fewest_gpus, least_memory_fraction, nearest_that_fit, predict, ways_out
 from strop.engine.plan.run import PlannedRun, RolloutPlan, TrainingPlan
 from strop.engine.plan.states import rank_state_bytes
 from strop.engine.plan.text import printed_seconds
@@ -35,6 +35,23 @@ RUNS = {
     "GRPO with too little host": PlannedRun.of(
         SHAPES["qwen3-30b-a3b"], 8, host_memory_gib=1024, layout=Layout(ep=8), rollout=RolloutPlan(tp=2, offload_training=True),
         training=TrainingPlan(offload_optimizer=True, recompute=("layer",)),
+    ),
+    "a full first stage": PlannedRun.of(SHAPES["qwen3-235b-a22b"], 128, layout=Layout(tp=2, sp=True, pp=8, ep=16)),
+    "DualPipe": PlannedRun.of(
+        SHAPES["deepseek-v3"], 2048, device="h800", layout=Layout(pp=16, ep=64, schedule="dualpipe"),
+        training=TrainingPlan(
+            global_batch_sequences=15360, precision="fp8-blockwise", recompute=("norms", "mla_up_projection", "activation"),
+            moment_dtype_bytes=2, dispatch_dtype_bytes=1, overlap_expert=True,
+        ),
+    ),
+    "a million tokens": PlannedRun.of(
+        SHAPES["qwen3-8b"], 8,
+        training=TrainingPlan(2**20, global_batch_sequences=8, recompute=("layer",), fsdp=True),
+    ),
+    "GRPO of shards": PlannedRun.of(SHAPES["qwen3-8b"], 8, rollout=RolloutPlan(), training=TrainingPlan(fsdp=True)),
+    "GRPO with the trainer's weights": PlannedRun.of(SHAPES["qwen3-32b"], 8, rollout=RolloutPlan(weight_sync="alias")),
+    "GRPO with one GPU that trains": PlannedRun.of(
+        SHAPES["qwen3-8b"], 8, rollout=RolloutPlan(gpus=7), placement="split", training=TrainingPlan(fsdp=True)
     ),
     "interleaved": PlannedRun.of(
         SHAPES["qwen3-14b"], 8, layout=Layout(tp=2, sp=True, pp=2, vpp=4, schedule="interleaved"),
@@ -94,6 +111,54 @@ def test_pairs_of_changes_are_all_looked_at():
     assert all(len(way.settings) == 2 for way in ways)
     known = planned_again(RUNS["GRPO"], "--training.fsdp --rollout.offload-training")
     assert fits(known, HBM_BYTES) and printed_seconds(ways[0].seconds) <= predict(known).step_seconds
+
+
+def test_a_full_stage_gives_layers_to_others():
+    """Of DeepSeek-V3's 61 layers the last of 16 stages has one, beside head and MTP, and each of the others 4. Qwen3-235B's first
+    stage keeps most micro-batches, so it must have fewer than an even 12."""
+    for name in ("a full first stage", "DualPipe"):
+        fastest = ways_of(name)[0]
+        assert fastest.settings == {"stage_layers"} and fits(fastest.run, HBM_BYTES)
+        assert sum(fastest.run.stage_layers) == RUNS[name].shape.num_layers
+    assert ways_of("a full first stage")[0].run.stage_layers[0] < 12
+    assert ways_of("DualPipe")[0].run.stage_layers == (*(4,) * 15, 1)
+
+
+def test_what_changes_no_result_comes_first():
+    """bf16 moments print the same seconds as a smaller share of memory, and change what is computed."""
+    first, *_, last = ways_of("GRPO of shards")
+    assert first.settings == {"rollout.memory_fraction"} and last.settings == {"training.moment_dtype_bytes"}
+    assert printed_seconds(first.seconds) >= printed_seconds(last.seconds)
+
+
+def test_both_kinds_of_context_parallelism_are_tried():
+    """A million tokens fit with Ulysses alone."""
+    assert {way.run.layout.cp_kind for way in ways_of("a million tokens")} == {"ulysses"}
+
+
+def test_engines_with_the_trainers_weights_follow_its_layout():
+    for way in ways_of("GRPO with the trainer's weights"):
+        layout, plan = way.run.layout, way.run.rollout
+        assert (layout.tp, layout.pp, layout.ep) == (plan.tp, plan.pp, plan.ep) != (1, 1, 1)
+        assert f"--rollout.tp {plan.tp}" in way.flags or layout.tp == 1
+
+
+def test_where_no_change_is_enough_the_gpus_that_are():
+    run = PlannedRun.of(SHAPES["llama3-70b"], 1)
+    (problem,) = check(run)
+    assert problem.reason.endswith("; no change of up to 4 settings fits on 1 GPU")
+    assert not nearest_that_fit(run, HBM_BYTES) and not nearest_that_fit(replace(run, gpus=2), HBM_BYTES)
+    for way in problem.nearest:
+        assert way.startswith("--gpus 4 --") and check(planned_again(run, way.partition(" (")[0])) == []
+    assert ways_out([run], 2**30) == ([], "no change of up to 4 settings fits on 1 GPU, nor on up to 64")
+
+
+def test_a_lack_of_cache_hides_no_lack_of_the_trainer():
+    """An 8B model in 16 bits takes 15.3 GiB, more than 10% of the memory; on 8 GPUs without shards nothing else fits either."""
+    cache, trainer = check(RUNS["GRPO with too small a share"])
+    assert cache.setting == "rollout.memory_fraction" and "KV cache" in cache.reason and not cache.nearest
+    assert trainer.setting == "device" and "stage 0 needs" in trainer.reason
+    assert trainer.nearest == tuple(map(str, ways_of("GRPO with too small a share")))
 
 
 def test_short_sequences_are_not_divided():
