@@ -10,11 +10,17 @@ import tyro
 from strop.engine.config import GIB, InputError, Layout, Placement
 from strop.engine.plan.candidates import RECOMPUTE_CHOICES, SEARCHED_SETTINGS, SearchSpace
 from strop.engine.plan.devices import DEVICES, device_named
+from strop.engine.plan.host_memory import SYSTEM_BYTES_PER_GPU, USABLE_FRACTION
 from strop.engine.plan.run import PlannedRun, RecomputePart, RolloutPlan, TrainingPlan
 from strop.engine.plan.shape import ModelShape
 from strop.engine.plan.text import flag_text, gib_text
 
 GENERATION = RolloutPlan()
+HOST_MEMORY_HELP = (
+    "Installed memory of a node's host, in GiB; 0: what NVIDIA's own server with this GPU has, "
+    f"{device_named('h100').node_host_bytes / GIB:,.0f}. {USABLE_FRACTION:.0%} of it can be used, "
+    f"{SYSTEM_BYTES_PER_GPU / GIB:.0f} GiB a GPU by all that isn't the trainer's."
+)
 DEFAULT_SETTINGS = {"training": TrainingPlan(), "rollout": GENERATION}
 
 
@@ -32,9 +38,7 @@ class PlanConfig:
     gpus: int = 8
     """All GPUs of the run."""
     device: Annotated[str, tyro.conf.arg(help=f"Kind of GPU: {', '.join(DEVICES)}.")] = "h100"
-    host_memory_gib: float = 0.0
-    """Installed memory of a node's host, in GiB; 0: what NVIDIA's server with this GPU has, 2,048. Trainers may fill 93% of it
-    with what they keep there, beside 32 GiB a GPU for everything else."""
+    host_memory_gib: Annotated[float, tyro.conf.arg(help=HOST_MEMORY_HELP)] = 0.0
     grpo: bool = False
     """Plan steps of GRPO: --rollout.* generates, then --training.* learns. Without it: optimizer steps alone."""
     placement: Placement = "colocated"
