@@ -153,8 +153,8 @@ def _fastest(fitting: list[_Attempt]) -> list[Working]:
 
 
 def _fastest_of(fitting: list[_Attempt], faster_than_seconds: float) -> list[Working]:
-    """The fastest for each set of settings that print fewer seconds. Prediction stops where nothing better can come, or after
-    MOST_PREDICTED."""
+    """The fastest for each set of settings, of those that print fewer seconds than these. Prediction stops where nothing
+    better can come, or after MOST_PREDICTED."""
     best: dict[frozenset[str], Working] = {}
     bounds = Bounds(fitting[0].run.shape) if fitting else None
     queue = sorted((_at_least_seconds(bounds, one.run), place, one) for place, one in enumerate(fitting))

@@ -114,8 +114,8 @@ def test_pairs_of_changes_are_all_looked_at():
 
 
 def test_a_full_stage_gives_layers_to_others():
-    """Of DeepSeek-V3's 61 layers the last of 16 stages has one, beside head and MTP, and each of the others 4. Qwen3-235B's first
-    stage keeps most micro-batches, so it must have fewer than an even 12."""
+    """Of DeepSeek-V3's 61 layers the last of 16 stages has one, beside head and MTP, and each of the others 4. Qwen3-235B's
+    first stage keeps most micro-batches, so it must have fewer than an even 12."""
     for name in ("a full first stage", "DualPipe"):
         fastest = ways_of(name)[0]
         assert fastest.settings == {"stage_layers"} and fits(fastest.run, HBM_BYTES)
