@@ -220,7 +220,7 @@ def phases(parts_seconds: Mapping[str, float]) -> Table:
 def generation_section(rollout: RolloutTime, run: PlannedRun) -> Section:
     plan, table = run.rollout, pairs()
     lengths = f"{plan.mean_response_tokens:,.0f} tokens on average, {plan.max_response_tokens:,} at most"
-    table.add_row("samples", f"{plan.prompts_per_step * plan.group_size:,} of {lengths}")
+    table.add_row("samples", f"{plan.samples:,} of {lengths}")
     full, alone = map(seconds_text, rollout.step_seconds)
     table.add_row("decoding step", f"{full} with {rollout.sequences_per_engine:,.0f} sequences an engine, {alone} with one")
     if rollout.tail_seconds:

@@ -97,7 +97,7 @@ class Bounds:
         step_seconds = self.at_least_seconds(step_run) + (self.update_at_least_seconds(step_run) if settled else 0.0)
         forward_seconds = self.at_least_forward_seconds(step_run) * (plan.old_logprobs + plan.reference)
         learner_seconds = plan.optimizer_steps * (forward_seconds + plan.train_epochs * step_seconds)
-        learner_seconds += plan.prompts_per_step * plan.group_size * SAMPLE_SECONDS
+        learner_seconds += plan.samples * SAMPLE_SECONDS
         if run.placement == "colocated" and plan.weight_sync != "alias":
             learner_seconds += SWITCH_SECONDS
         if settled and plan.offload_training:

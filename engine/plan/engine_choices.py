@@ -8,7 +8,6 @@ from ..config import InputError, Layout
 from .candidates import SearchSpace, divisors
 from .decode import GenerationEngine
 from .devices import device_named
-from .lengths import ResponseLengths
 from .memory import colocated_rollout_memory, generating_gpu_bytes, offloads_weights, weight_sync_memory, worst_stage
 from .rollout import most_active, rollout_time
 from .rollout_fit import rollout_problems
@@ -48,7 +47,7 @@ def engine_groups(base: PlannedRun, space: SearchSpace) -> tuple[list[list[Engin
         kind = _kind(run)
         try:
             # Memory matters only by how many sequences it holds at once.
-            key = (*kind, _sequences(run))
+            key = (*kind, most_active(GenerationEngine.of(run)))
             if key not in known:
                 known[key] = rollout_time(run).total_seconds + plan.reward_seconds + weight_sync_time(run).seconds
         except InputError as error:
@@ -101,13 +100,6 @@ def _device_bytes(run: PlannedRun) -> float:
     return rollout_weight_bytes(run) + rollout_kv_cache_bytes(run)
 
 
-def _sequences(run: PlannedRun) -> float:
-    """That one replica decodes at once. Raises InputError where its memory holds none."""
-    plan, engine = run.rollout, GenerationEngine.of(run)
-    lengths = ResponseLengths.of(plan.mean_response_tokens, plan.max_response_tokens, plan.response_spread)
-    return most_active(engine, lengths)
-
-
 def shares_weights(plan: RolloutPlan) -> bool:
     """Engines generate with the weights that a GPU trains, so they have the trainer's degrees."""
     return plan.weight_sync in ("alias", "local_copy")
@@ -145,7 +137,7 @@ def _engines(run: PlannedRun, space: SearchSpace) -> Iterator[PlannedRun]:
             one = replace(one, layout=layout)
         if gpus % one.rollout.engine_gpus or any(rollout_problems(one)):
             continue
-        for fraction in space.memory_fractions or _memory_fractions(run):
+        for fraction in sorted(space.memory_fractions, reverse=True) or _memory_fractions(run):
             yield replace(one, rollout=replace(one.rollout, memory_fraction=fraction))
 
 

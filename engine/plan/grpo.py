@@ -86,11 +86,10 @@ def grpo_step(run: PlannedRun) -> GrpoStep:
         raise InputError("this run only trains: give it a rollout to plan a GRPO step")
     rollout, sync, step_run = rollout_time(run), weight_sync_time(run), optimizer_step_run(run)
     training = train_step(step_run)
-    samples = plan.prompts_per_step * plan.group_size
     forward = forward_seconds(step_run) * plan.optimizer_steps
     reference_seconds = forward + (host_copy_seconds(step_run, ("weights",)) if plan.offload_training else 0.0)
     learner = {
-        "data": samples * SAMPLE_SECONDS,
+        "data": plan.samples * SAMPLE_SECONDS,
         "old_logprobs": forward if plan.old_logprobs else 0.0,
         "reference_logprobs": reference_seconds if plan.reference else 0.0,
         "training": training.step_seconds * plan.optimizer_steps * plan.train_epochs,
@@ -116,7 +115,7 @@ def grpo_step(run: PlannedRun) -> GrpoStep:
         else:
             idle = sum(learner.values()) - sync.seconds
     seconds = sum(parts.values())
-    tokens = samples * (plan.prompt_tokens + plan.mean_response_tokens)
+    tokens = plan.samples * (plan.prompt_tokens + plan.mean_response_tokens)
     return GrpoStep(parts, seconds, tokens, tokens / seconds / run.gpus, rollout, training, sync, idle)
 
 

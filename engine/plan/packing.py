@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .layout_fit import microbatch_rule
-from .lengths import ResponseLengths
 
 if TYPE_CHECKING:
     from .run import PlannedRun, TrainingPlan
@@ -23,8 +22,7 @@ def packed_training(run: "PlannedRun") -> "TrainingPlan":
     layout must be resolved, and the longest sample fit into a sequence (`validation.problems`).
     """
     plan, training, layout = run.rollout, run.training, run.layout
-    samples, limit = plan.prompts_per_step * plan.group_size, training.sequence_length_tokens
-    lengths = ResponseLengths.of(plan.mean_response_tokens, plan.max_response_tokens, plan.response_spread)
+    samples, lengths, limit = plan.samples, plan.lengths, training.sequence_length_tokens
     stand_ins = min(samples, BIN_SAMPLES)
     bins = packed_sequences([plan.prompt_tokens + tokens for tokens in lengths.quantiles(stand_ins)], limit)
     replica_sequences = bins * samples / stand_ins / plan.optimizer_steps / layout.dp

@@ -69,13 +69,12 @@ def rollout_time(run: PlannedRun) -> RolloutTime:
     Raises InputError as `GenerationEngine.of` and `ResponseLengths.of` do.
     """
     plan, engine = run.rollout, GenerationEngine.of(run)
-    lengths = ResponseLengths.of(plan.mean_response_tokens, plan.max_response_tokens, plan.response_spread)
-    samples = plan.prompts_per_step * plan.group_size
+    lengths, samples = plan.lengths, plan.samples
     replicas = engine.count * engine.replicas
     share = samples / replicas
     prompts = max(1.0, share) / samples_of_a_prompt(engine)
     prefill = engine.prefill_seconds(prompts * plan.prompt_tokens, plan.prompt_tokens)
-    slots = most_active(engine, lengths)
+    slots = most_active(engine)
     if _never_drains(plan):
         age = lengths.token_weighted_mean_tokens / 2
         seconds = share * lengths.mean_tokens / plan.speculative_tokens / slots
@@ -98,7 +97,7 @@ def rollout_time(run: PlannedRun) -> RolloutTime:
     )
 
 
-def most_active(engine: GenerationEngine, lengths: ResponseLengths) -> float:
+def most_active(engine: GenerationEngine) -> float:
     """Sequences that one replica decodes at once: all there are, max_sequences, or what its cache holds.
 
     The cache must hold the larger of two: sequences that started together at their fullest moment, and the mean of sequences
@@ -106,7 +105,7 @@ def most_active(engine: GenerationEngine, lengths: ResponseLengths) -> float:
     on the replica, until the last of these ends; half of a group, on average, starts while the others still wait.
     """
     run, plan, group = engine.run, engine.plan, samples_of_a_prompt(engine)
-    samples = plan.prompts_per_step * plan.group_size * (plan.steps_ahead if _never_drains(plan) else 1)
+    lengths, samples = plan.lengths, plan.samples * (plan.steps_ahead if _never_drains(plan) else 1)
     sequences = -(-samples // (engine.count * engine.replicas))
     tokens = np.linspace(0, lengths.max_tokens, 200)
     alive = lengths.survival(tokens)
@@ -127,7 +126,7 @@ def most_active(engine: GenerationEngine, lengths: ResponseLengths) -> float:
 
 def samples_of_a_prompt(engine: GenerationEngine) -> float:
     """Samples of a group on one replica: all of them, unless a step has fewer prompts than there are replicas."""
-    share = engine.plan.prompts_per_step * engine.plan.group_size / (engine.count * engine.replicas)
+    share = engine.plan.samples / (engine.count * engine.replicas)
     return min(float(engine.plan.group_size), max(1.0, share))
 
 

@@ -61,21 +61,18 @@ def sequence_cache_bytes(run: PlannedRun, tokens: ArrayLike) -> NDArray[np.float
 
 def holds_a_sequence(run: PlannedRun) -> bool:
     """Whether the KV cache holds a prompt with the longest response; engines refuse to start where it doesn't."""
-    return rollout_kv_cache_bytes(run) >= sequence_cache_bytes(run, _longest_tokens(run))
+    return rollout_kv_cache_bytes(run) >= sequence_cache_bytes(run, run.rollout.longest_sample_tokens)
 
 
 def cache_shortage(run: PlannedRun) -> str:
     """What a message says of a KV cache that doesn't hold one sequence."""
-    need = float(sequence_cache_bytes(run, _longest_tokens(run)))
+    longest = run.rollout.longest_sample_tokens
+    need = float(sequence_cache_bytes(run, longest))
     return (
         f"weights of {generating_weight_bytes(run) / GIB:.1f} GiB a GPU leave {rollout_kv_cache_bytes(run) / GIB:.1f} of the "
-        f"{_share_bytes(run) / GIB:.1f} GiB that rollout.memory_fraction gives, and a sequence of {_longest_tokens(run):,.0f} "
+        f"{_share_bytes(run) / GIB:.1f} GiB that rollout.memory_fraction gives, and a sequence of {longest:,} "
         f"tokens takes {need / GIB:.2f} GiB of KV cache: use more rollout tp, pp or ep"
     )
-
-
-def _longest_tokens(run: PlannedRun) -> float:
-    return run.rollout.prompt_tokens + run.rollout.max_response_tokens
 
 
 def _share_bytes(run: PlannedRun) -> float:

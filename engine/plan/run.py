@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ..config import InputError, Layout, Placement
+from .lengths import ResponseLengths
 from .packing import with_batch
 from .shape import ModelShape
 from .stages import LayerDivision, Stage, chunks_of, ranks_of_chunks, stages_of
@@ -156,6 +157,16 @@ class RolloutPlan:
     """A reference model's log-probs are computed (KL term)."""
     old_logprobs: bool = True
     """The policy's log-probs are recomputed by the trainer before training on them."""
+
+    @property
+    def samples(self) -> int:
+        """Responses of a GRPO step."""
+        return self.prompts_per_step * self.group_size
+
+    @property
+    def lengths(self) -> ResponseLengths:
+        """Of the responses. Raises InputError as `ResponseLengths.of` does."""
+        return ResponseLengths.of(self.mean_response_tokens, self.max_response_tokens, self.response_spread)
 
     @property
     def longest_sample_tokens(self) -> int:

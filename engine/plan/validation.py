@@ -217,7 +217,7 @@ def _placement_problems(run: "PlannedRun") -> Iterator[Problem]:
     if plan.speculative_tokens > plan.max_response_tokens:
         reason = f"a step accepts no more than a response of {plan.max_response_tokens} tokens"
         yield Problem("rollout.speculative_tokens", plan.speculative_tokens, reason, (plan.max_response_tokens,))
-    samples = plan.prompts_per_step * plan.group_size
+    samples = plan.samples
     if plan.optimizer_steps >= 1 and samples % plan.optimizer_steps:
         reason = f"{samples} samples don't divide into as many mini-batches"
         fits = nearest_fitting(plan.optimizer_steps, samples, lambda steps: samples % steps == 0)

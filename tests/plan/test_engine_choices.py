@@ -35,3 +35,11 @@ def test_a_trainer_gets_engines_of_its_own_degrees_where_they_share_weights(weig
     chosen = beside(run, [*faster, Engines(run, 2.0)], DEVICES["h100"].hbm_bytes)
     assert chosen is not None and chosen.rollout == own
     assert beside(run, faster, DEVICES["h100"].hbm_bytes) is None
+
+
+@pytest.mark.parametrize("fractions", [(0.05, 0.1), (0.1, 0.05)])
+def test_engines_that_hold_no_sequence_say_so_of_the_largest_share(fractions):
+    """A tenth of 79.2 GiB, in whatever order they are given."""
+    space = SearchSpace(rollout_tp=(1,), memory_fractions=fractions, placements=("colocated",))
+    _, ((_, reason),) = engine_groups(PlannedRun(SHAPES["qwen3-8b"], 8, rollout=RolloutPlan(offload_training=True)), space)
+    assert "leave 0.0 of the 7.9 GiB" in reason

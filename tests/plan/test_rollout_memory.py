@@ -42,8 +42,7 @@ def with_cache(tokens: float, **plan) -> GenerationEngine:
 
 
 def slots(one: GenerationEngine) -> float:
-    plan = one.plan
-    return most_active(one, ResponseLengths.of(plan.mean_response_tokens, plan.max_response_tokens, plan.response_spread))
+    return most_active(one)
 
 
 @pytest.mark.parametrize("group, prompt, response", [(16, 8192, 512), (16, 256, 512), (4, 4096, 1024), (1, 4096, 1024)])
