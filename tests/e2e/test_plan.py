@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from strop.engine.model.sources import resolve_model
+from strop.launch.plan import main
 from strop.launch.planned import PROBLEMS_EXIT_CODE as PROBLEMS
 from strop.launch.planned import shape_at, shape_of_model
 from strop.launch.presets import GRPO_PRESETS
@@ -41,27 +42,32 @@ def test_the_layout_that_peers_cannot_run_is_refused_with_the_number(launcher) -
     assert plan["command"].endswith(f"qwen3-30b-a3b --gpus 8 --layout.ep 8 --json {written}") and plan["strop_version"]
 
 
-def test_settings_that_leave_nothing_to_predict(launcher) -> None:
-    output = launcher.run("plan.py", "qwen3-30b-a3b", "--gpus", 16, "--layout.tp", 3, code=PROBLEMS)
-    assert "tp 3" in output and "nearest allowed" in output and "Memory of a rank" not in output
-    flags = ("--gpus", 256, "--layout.pp", 16, "--layout.ep", 16, "--grpo")
-    output = launcher.run("plan.py", "deepseek-v3", *flags, code=PROBLEMS)
-    assert "KV cache" in output and "Memory of a rank" not in output
-
-
-def test_no_picture_where_nothing_was_predicted(launcher) -> None:
-    """An earlier picture would be taken for this plan's."""
-    drawn = launcher.folder / "plan.png"
+def test_runs_of_which_not_everything_can_be_predicted(launcher) -> None:
+    """Nothing of impossible settings, memory alone where engines have no room for a sequence. An earlier picture would be taken
+    for this plan's."""
+    drawn, written = launcher.folder / "plan.png", launcher.folder / "plan.json"
     drawn.write_bytes(b"an earlier picture")
-    output = launcher.run("plan.py", "qwen3-8b", "--layout.tp", 3, "--png", drawn, code=PROBLEMS)
-    assert "there is no picture" in output and not drawn.exists()
+    undivided = launcher.start("plan.py", "qwen3-30b-a3b", "--gpus", 16, "--layout.tp", 3, "--png", drawn)
+    flags = ("--gpus", 256, "--layout.pp", 16, "--layout.ep", 16, "--grpo", "--json", written)
+    uncached = launcher.start("plan.py", "deepseek-v3", *flags)
+    assert undivided.wait(60) == uncached.wait(60) == PROBLEMS
+    assert "tp 3" in undivided.output and "nearest allowed" in undivided.output and "Memory of a rank" not in undivided.output
+    assert "there is no picture" in undivided.output and not drawn.exists()
+    assert "KV cache" in uncached.output and "Memory of a rank" in uncached.output and "GRPO step" not in uncached.output
+    plan = json.loads(written.read_text())
+    assert plan["memory_per_rank"]["headroom_bytes"] < 0 and plan["problems"] and "grpo_step" not in plan
 
 
 def test_files_that_cannot_be_written_are_told_before_a_search(launcher) -> None:
     drawn = launcher.folder / "plan.png"
-    flags = ("--gpus", 2048, "--search", "--png", drawn, "--json", launcher.folder / "absent" / "plan.json")
-    output = launcher.run("plan.py", "deepseek-v3", *flags, code=2, timeout=10)
-    assert "can't be written" in output and not drawn.exists()
+    flags = ("deepseek-v3", "--gpus", 2048, "--search", "--png", drawn)
+    files = (launcher.folder / "absent" / "plan.json", launcher.folder)
+    runs = [launcher.start("plan.py", *flags, "--json", file) for file in files]
+    runs.append(launcher.start("plan.py", "qwen3-0.6b", "--json", "/dev/full"))
+    assert [run.wait(20) for run in runs] == [2] * len(runs)
+    for run in runs:
+        assert "can't be written" in run.output and "Traceback" not in run.output
+    assert not drawn.exists()
 
 
 def test_the_first_rank_alone_plans(launcher) -> None:
@@ -179,14 +185,19 @@ def test_a_searched_row_is_planned_again_by_its_command(launcher, flags) -> None
         (("qwen3-8b", "--search", "--memory-budget-gib", 500), "h100 has 79.2 GiB"),
         (("qwen3-8b", "--search", "--space.placements", "split"), "no effect without"),
         (("qwen3-8b", "--png", "plan.jpg"), "ends in .png"),
+        (("qwen3-8b", "--json", "plan.png", "--png", "./plan.png"), "are one file"),
         (("qwen3-8b", "--best", 0), "--best 0"),
         (("qwen3-8b", "--best", 3, "--space.tp", 2), "--space.* and --memory-budget-gib have no effect without --search"),
         (("qwen3-8b", "--grpo", "--training.global-batch-sequences", 12), "no effect with --grpo"),
     ],
 )
-def test_usage_errors(launcher, arguments, says) -> None:
-    output = launcher.run("plan.py", *arguments, code=2)
-    assert says in " ".join(output.split()) and "Traceback" not in output
+def test_usage_errors(monkeypatch, capsys, arguments, says) -> None:
+    """In this process, as there are many."""
+    monkeypatch.setattr(sys, "argv", ["plan.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    printed = "".join(capsys.readouterr())
+    assert ended.value.code == 2 and says in re.sub(r"[\s│]+", " ", printed) and "Traceback" not in printed
 
 
 def test_every_flag_is_explained_without_names_of_the_code(launcher) -> None:
