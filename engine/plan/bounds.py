@@ -220,7 +220,7 @@ def _pipeline(
     counts, before = np.zeros((2, pp, embedding + 2))
     for stage in run.stages():
         np.add.at(counts[stage.index], [pieces[layer] for layer in stage.layers], 1)
-        counts[stage.index, embedding] = 0 in stage.layers
+        counts[stage.index, embedding] = stage.index in run.ranks_of_chunk()[0]
         counts[stage.index, embedding + 1] = stage.has_head
         if schedule != "dualpipe":  # its micro-batches come from both ends
             first = min(stage.layers, default=shape.num_layers if stage.index else 0)

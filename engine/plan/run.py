@@ -125,7 +125,8 @@ class RolloutPlan:
     kv_dtype_bytes: int = 2
     """Of an element of the KV cache; 1 for FP8."""
     memory_fraction: float = 0.8
-    """Share of a GPU's memory that weights and KV cache may take while generating."""
+    """Share of a GPU's memory that weights and KV cache may take while generating (vLLM's gpu_memory_utilization has CUDA's and
+    NCCL's own memory in it too)."""
     max_sequences: int = 1024
     """Most sequences that one engine decodes at once."""
     speculative_tokens: float = 1.0
@@ -143,7 +144,8 @@ class RolloutPlan:
     reshard: each GPU receives only what it lacks; broadcast: each engine GPU receives every tensor whole, in packed buckets;
     stream: all trainer ranks gather every tensor whole, one after another, and hand it over."""
     offload_training: bool = False
-    """Colocated: weights and optimizer states of the trainer go to the host's memory while the engines generate."""
+    """Colocated: optimizer states of the trainer go to the host's memory before the engines get its weights, and its weights
+    after that, until the engines have generated."""
     optimizer_steps: int = 1
     """Optimizer steps a GRPO step: its samples are divided into so many mini-batches."""
     pad_packed: bool = True
