@@ -140,8 +140,10 @@ def _training_problems(run: "PlannedRun") -> Iterator[Problem]:
         yield Problem("training.resident_gradients", True, "has no effect without a rollout", (False,))
     if training.recompute_layers > 0 and not training.recompute:
         yield Problem("training.recompute_layers", training.recompute_layers, "has no effect without training.recompute", (0,))
-    if training.overlap_expert and run.shape.moe is None:
-        yield Problem("training.overlap_expert", True, f"{run.shape.name} has no experts", (False,))
+    idle = {"overlap_expert": False, "expert_imbalance": 1, "dispatch_dtype_bytes": 2} if run.shape.moe is None else {}
+    for name, without_experts in idle.items():
+        if (value := getattr(training, name)) != without_experts:
+            yield Problem(f"training.{name}", value, f"{run.shape.name} has no experts", (without_experts,))
     if training.overlap_expert and layout.schedule == "zero-bubble":
         fits = ("1f1b", "interleaved", "dualpipe", "dualpipev")
         yield Problem("layout.schedule", layout.schedule, "has no pairs of passes for training.overlap_expert", fits)

@@ -100,6 +100,8 @@ def test_values_below_what_is_possible(setting: str, value: float, least: int) -
         ({"training.recompute": ("norms", "layer")}, "nearest allowed: --training.recompute layer"),
         ({"training.recompute_layers": 4}, "--training.recompute-layers 4: has no effect without training.recompute"),
         ({"training.overlap_expert": True}, "--training.overlap-expert: llama3-8b has no experts"),
+        ({"training.expert_imbalance": 4}, "--training.expert-imbalance 4: llama3-8b has no experts; nearest allowed: 1"),
+        ({"training.dispatch_dtype_bytes": 1}, "--training.dispatch-dtype-bytes 1: llama3-8b has no experts; nearest"),
         ({"training.overlap_expert": True, "layout.pp": 2, "layout.schedule": "zero-bubble"},
          "--layout.schedule zero-bubble: has no pairs of passes for training.overlap_expert"),
         ({"layout.sp": True}, "and layout.tp is 1; nearest allowed: --layout.no-sp"),
