@@ -114,15 +114,13 @@ def limited_clock(device: DeviceFacts) -> float:
     return (device.power_watts / FULL_POWER_WATTS[device.architecture]) ** POWER_EXPONENT
 
 
-def gemm_seconds(
-    device: DeviceFacts, m: float, n: float, k: float, precision: Precision, count: int = 1, sustained: bool = True
-) -> float:
-    """`count` products [m, k] x [k, n], one after another, their inputs in `precision` already and the result in bf16.
+def gemm_seconds(device: DeviceFacts, m: float, n: float, k: float, precision: Precision, sustained: bool = True) -> float:
+    """A product [m, k] x [k, n], its inputs in `precision` already and the result in bf16.
 
     `sustained`: at the clocks of a training step; False: as a microbenchmark times it.
     Raises InputError where the device can't compute in this precision.
     """
-    return count * grouped_gemm_seconds(device, 1, m, n, k, precision, sustained)
+    return grouped_gemm_seconds(device, 1, m, n, k, precision, sustained)
 
 
 def grouped_gemm_seconds(

@@ -30,8 +30,8 @@ from .validation import problems, settings_problems
 
 RANKED = 10
 MEMORY_RESERVE = 0.03
-"""Of a GPU's memory, left free by default: predictions of peaks are this far off in the median (benchmarks/results/planner.md;
-some are much farther)."""
+"""Of a GPU's memory, left free by default: predictions of peaks are this far off in the median of all rows
+(benchmarks/results/planner.md), half as much again in that of the rows held out, and some are much farther."""
 
 
 @dataclass

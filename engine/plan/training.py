@@ -90,10 +90,6 @@ class PassTime:
         total.update(other.seconds)
         return PassTime(dict(total), self.exchanges + other.exchanges)
 
-    def part(self, name: str) -> float:
-        """Of all passes."""
-        return sum(seconds for (part, _), seconds in self.seconds.items() if part == name)
-
     def stage_seconds(self) -> StageSeconds:
         passes = dict.fromkeys(("forward", "backward_input", "backward_weight"), 0.0)
         exchange = dict(passes)

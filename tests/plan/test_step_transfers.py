@@ -146,7 +146,8 @@ def test_a_recomputed_layer_exchanges_its_forward_collectives_again():
     kinds = [one.kind for one in layer_pass(work, 0).exchanges if one.direction == "backward"]
     assert kinds == ["dispatch", "combine"]
     assert [one.kind for one in layer_pass(again, 0).exchanges if one.direction == "backward"] == ["dispatch", "combine"] * 2
-    assert layer_pass(again, 0).part("recompute") == pytest.approx(layer_pass(again, 0).part("forward"))
+    seconds = layer_pass(again, 0).seconds
+    assert seconds["recompute", "backward_input"] == pytest.approx(seconds["forward", "forward"])
 
 
 def test_a_step_waits_for_the_rank_whose_update_takes_longest():

@@ -272,10 +272,10 @@ def test_adam_reads_and_writes_the_states_that_there_are(bytes_moved, states):
 def test_recompute_layers_holds_for_the_first_layers_of_each_rank(layout):
     run = planned(DENSE, 8, layout=layout, recompute=("layer",), recompute_layers=3)
     work = Work(run, device_named("h100"))
-    one_layer, chunks = layer_pass(work, 0).part("forward"), chunk_times(work)
+    one_layer, chunks = layer_pass(work, 0).seconds["forward", "forward"], chunk_times(work)
     for rank in range(layout.pp):
-        recomputed = sum(chunks[chunk].part("recompute") for chunk, ranks in enumerate(run.ranks_of_chunk()) if rank in ranks)
-        assert recomputed == pytest.approx(3 * one_layer)
+        held = [chunks[chunk] for chunk, ranks in enumerate(run.ranks_of_chunk()) if rank in ranks]
+        assert sum(one.seconds["recompute", "backward_input"] for one in held) == pytest.approx(3 * one_layer)
 
 
 def test_deepseek_v3_on_2048_h800_is_near_its_published_step():
