@@ -36,7 +36,7 @@ from strop.engine.plan.validation import Problem
 if TYPE_CHECKING:
     from strop.engine.plan.search import SearchResult
 
-ACCURACY = "How far off such predictions were from published runs: benchmarks/results/planner.md"
+ACCURACY = "How far off such predictions were from published runs: benchmarks/results/planner.md; names explained: README.md"
 AXIS_NAMES = {
     "tp": "tp (tensor)", "cp": "cp (context)", "pp": "pp (pipeline)", "dp": "dp (data)", "ep": "ep (expert)",
     "etp": "etp (tensor in experts)", "edp": "edp (data of experts)", "zero": "dp x cp",
@@ -191,7 +191,7 @@ def memory_table(prediction: MemoryPrediction, phase: Phase) -> Table:
 
 def training_section(step: StepTime) -> Section:
     speed = (
-        f"{step.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, {step.model_flops_per_gpu_per_second / 1e12:,.0f} TFLOPS a GPU, "
+        f"{rate_text(step.tokens_per_second_per_gpu)} tokens/s/GPU, {step.model_flops_per_gpu_per_second / 1e12:,.0f} TFLOPS a GPU, "
         f"MFU {step.model_flops_utilization:.1%} of the bf16 peak"
     )
     return Section(f"Optimizer step: {seconds_text(step.step_seconds)}", phases(step.parts_seconds), speed)
@@ -199,7 +199,7 @@ def training_section(step: StepTime) -> Section:
 
 def grpo_section(step: GrpoStep, run: PlannedRun) -> Section:
     plan, received = run.rollout, step.weight_sync.received_bytes_per_gpu
-    speed = f"{step.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, prompts and responses over all GPUs\n"
+    speed = f"{rate_text(step.tokens_per_second_per_gpu)} tokens/s/GPU, prompts and responses over all GPUs\n"
     speed += f"Weight sync: {words(plan.weight_sync)}, {gib_text(received)} GiB received a generating GPU."
     if run.placement == "split":
         steps = "step" if plan.steps_ahead == 1 else "steps"
@@ -225,7 +225,7 @@ def generation_section(rollout: RolloutTime, run: PlannedRun) -> Section:
     table.add_row("decoding step", f"{full} with {rollout.sequences_per_engine:,.0f} sequences an engine, {alone} with one")
     if rollout.tail_seconds:
         table.add_row("the tail", f"{seconds_text(rollout.tail_seconds)} with at most a tenth of the sequences left")
-    table.add_row("throughput", f"{rollout.tokens_per_second_per_gpu:,.0f} response tokens/s/GPU")
+    table.add_row("throughput", f"{rate_text(rollout.tokens_per_second_per_gpu)} response tokens/s/GPU")
     weights, cache = gib_text(generating_weight_bytes(run)), gib_text(rollout_kv_cache_bytes(run))
     table.add_row("memory", f"weights {weights} GiB a GPU, KV cache {cache} GiB")
     table.add_row("GPUs", engines_text(run))
@@ -258,7 +258,7 @@ def show_search(result: "SearchResult", shown: Sequence[Prediction], commands: S
         run, step = prediction.run, prediction.grpo or prediction.training
         table.add_row(
             str(index), layout_text(run), settings_text(run), seconds_text(step.step_seconds),
-            f"{step.tokens_per_second_per_gpu:,.0f}", gib_text(prediction.headroom_bytes),
+            rate_text(step.tokens_per_second_per_gpu), gib_text(prediction.headroom_bytes),
         )  # fmt: skip
     looked = f"{result.evaluated_count:,} predicted, {result.outpaced_count:,} that can't be faster left out"
     budget = f"at most {gib_text(result.budget_bytes)} GiB a GPU"
@@ -304,6 +304,11 @@ def pairs() -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     return table
+
+
+def rate_text(per_second: float) -> str:
+    """Tokens a second, at least two digits: 53,351, 2.4."""
+    return f"{per_second:,.0f}" if per_second >= 9.95 else f"{per_second:.2g}"
 
 
 def short(count: float) -> str:

@@ -4,13 +4,22 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from strop.engine.config import Layout
 from strop.engine.model.sources import resolve_model
+from strop.engine.plan.grpo import grpo_step
+from strop.engine.plan.memory import PARTS as MEMORY_PARTS
+from strop.engine.plan.models import SHAPES
+from strop.engine.plan.run import PlannedRun, RolloutPlan
+from strop.engine.plan.text import words
+from strop.engine.plan.training import PARTS as STEP_PARTS
 from strop.launch.plan import main
+from strop.launch.plan_table import COLUMN_NAMES
 from strop.launch.planned import PROBLEMS_EXIT_CODE as PROBLEMS
 from strop.launch.planned import shape_at, shape_of_model
 from strop.launch.presets import GRPO_PRESETS
@@ -110,8 +119,8 @@ def test_narrow_pipes_are_readable(launcher) -> None:
     assert max(map(len, lines)) <= 80
     assert "…" not in output, "nothing is cut"
     headers = [line.split() for line in lines if line.startswith(("training ", "generating ")) and "total" in line]
-    for header, words in zip(headers, (("weights", "activ", "total"), ("engine", "margin", "total")), strict=True):
-        assert set(words) <= set(header), "no word is broken"
+    for header, names in zip(headers, (("weights", "activ", "total"), ("engine", "margin", "total")), strict=True):
+        assert set(names) <= set(header), "no word is broken"
     at_forty = launcher.run("plan.py", "qwen3-8b", "--gpus", 8, "--layout.tp", 2, "--layout.sp", COLUMNS="40")
     assert "training   weights" in at_forty, "a narrower terminal gets the same lines"
 
@@ -260,6 +269,19 @@ def test_what_is_planned_before_the_folder_exists_is_what_lies_in_it(name: str) 
     assert name in GRPO_PRESETS
     read = shape_at(Path(resolve_model(name)))
     assert vars(shape_of_model(name)) == vars(read) | {"name": name}
+
+
+def test_readme_explains_every_name() -> None:
+    """Of phases as they are printed, and of memory as its columns are headed."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    explained = set(re.findall(r"`([a-z ]+)`", readme[readme.index("What the names in tables") :]))
+    run = PlannedRun.of(SHAPES["qwen3-8b"], 16, rollout=RolloutPlan())
+    split = replace(run, placement="split", layout=Layout(), rollout=RolloutPlan(gpus=8, steps_ahead=1))
+    steps = [grpo_step(replace(one, layout=one.layout.resolve(one.training_gpus))).parts_seconds for one in (run, split)]
+    named = {words(phase) for phase in (*STEP_PARTS, *steps[0], *steps[1])}
+    named |= {COLUMN_NAMES.get(part, part) for part in MEMORY_PARTS}
+    axes = {"exposed context", "exposed expert", "exposed pipeline", "exposed data"}
+    assert named - axes <= explained and {name.removeprefix("exposed ") for name in axes} <= explained
 
 
 def test_readme_example_is_what_the_command_prints(launcher) -> None:
