@@ -190,10 +190,9 @@ def memory_table(prediction: MemoryPrediction, phase: Phase) -> Table:
 
 
 def training_section(step: StepTime) -> Section:
-    speed = (
-        f"{rate_text(step.tokens_per_second_per_gpu)} tokens/s/GPU, {step.model_flops_per_gpu_per_second / 1e12:,.0f} TFLOPS a GPU, "
-        f"MFU {step.model_flops_utilization:.1%} of the bf16 peak"
-    )
+    tera_flops = step.model_flops_per_gpu_per_second / 1e12
+    speed = f"{rate_text(step.tokens_per_second_per_gpu)} tokens/s/GPU, {tera_flops:,.0f} TFLOPS a GPU, "
+    speed += f"MFU {step.model_flops_utilization:.1%} of the bf16 peak"
     return Section(f"Optimizer step: {seconds_text(step.step_seconds)}", phases(step.parts_seconds), speed)
 
 
@@ -307,8 +306,8 @@ def pairs() -> Table:
 
 
 def rate_text(per_second: float) -> str:
-    """Tokens a second, at least two digits: 53,351, 2.4."""
-    return f"{per_second:,.0f}" if per_second >= 9.95 else f"{per_second:.2g}"
+    """Tokens a second, at least two digits: 53,351 or 2.0."""
+    return f"{per_second:,.0f}" if per_second >= 9.95 else f"{per_second:#.2g}"
 
 
 def short(count: float) -> str:
