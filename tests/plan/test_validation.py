@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from strop.engine.config import InputError, Layout
 from strop.engine.plan.models import SHAPES
-from strop.engine.plan.problem import nearest_fitting, nearest_multiples
 from strop.engine.plan.run import PlannedRun, RolloutPlan, TrainingPlan
 from strop.engine.plan.validation import problems
 
@@ -340,12 +339,3 @@ def test_proposals_do_fit(model, gpus, degrees, schedule, cp_kind, sizes, rollou
         assert made.microbatches * made.layout.dp * training.micro_batch_sequences == batch
         assert rollout is not None or batch == training.global_batch_sequences
         assert made.edp * ep * etp == made.layout.dp * cp * tp
-
-
-def test_nearest() -> None:
-    assert nearest_fitting(6, 100, lambda number: 32 % number == 0) == (4, 8)
-    assert nearest_fitting(64, 100, lambda number: 32 % number == 0) == (32,)
-    assert nearest_fitting(0, 3, lambda number: True) == (1,)
-    assert nearest_fitting(200, 100, lambda number: number == 100) == (100,)
-    assert nearest_multiples(100, 32) == (96, 128)
-    assert nearest_multiples(5, 32) == (32,)
