@@ -57,6 +57,30 @@ def test_a_cache_too_small_does_not_hide_what_the_trainer_lacks(capsys) -> None:
     assert trainer.startswith("--plan h100x8: stage 0 needs ") and "; nearest that fits: --layout.tp 8 --layout.sp (" in trainer
 
 
+def test_settings_are_named_as_the_launch_file_has_them(capsys) -> None:
+    """The number of GPUs is part of --plan."""
+    assert plan_grpo(grpo("tiny", tp=2), 3, "h100") == PROBLEMS_EXIT_CODE
+    output = capsys.readouterr().out
+    assert "problem: --layout.tp 2: 3 training GPUs" in output and "nearest allowed: 1, or --plan h100x2 or h100x4" in output
+    assert "evaluations and checkpoints" in output
+
+
+def test_a_cache_that_no_gpu_holds(capsys) -> None:
+    config = grpo("tiny")
+    with pytest.raises(InputError, match=r"--rollout.kv-cache-gib 100: .* more than the 79.2 GiB of a GPU: give less"):
+        plan_grpo(replace(config, rollout=replace(config.rollout, kv_cache_gib=100)), 1, "h100")
+
+
+def test_the_cache_of_an_evaluation(capsys) -> None:
+    """272 tokens of 30 layers, 2 x 3 heads of 64 in fp32: 46,080 bytes a token, 0.0117 GiB."""
+    config = EVALUATE_PRESETS["smollm2"][1]
+    for gib, code in ((0.001, PROBLEMS_EXIT_CODE), (0.012, 0)):
+        assert plan_evaluation(replace(config, rollout=replace(config.rollout, kv_cache_gib=gib)), 1, "h200") == code
+        output = capsys.readouterr().out
+        said = "--rollout.kv-cache-gib 0.001: a sequence of 272 tokens takes 0.012 GiB; nearest allowed: 0.012"
+        assert problems(output) == [said] if code else "Generation" in output
+
+
 def test_an_evaluation_needs_weights_and_cache_alone(capsys) -> None:
     assert plan_evaluation(evaluation("llama3-70b"), 8, "h100") == PROBLEMS_EXIT_CODE
     [problem] = problems(capsys.readouterr().out)
