@@ -183,10 +183,6 @@ def pipeline_problems(run: "PlannedRun") -> Iterator[Problem]:
     undivided = [*_stage_layers_problems(run)] or [*schedule_problems(run)]
     if undivided:
         yield from undivided
-    elif not _pp_fits(run, layout.pp):
-        chunks = " of two chunks" if layout.schedule == "dualpipev" else ""
-        reason = f"{layers} layers don't fill as many ranks{chunks}"
-        yield Problem("layout.pp", layout.pp, reason, _nearest_pp(run))
     elif not _chunks_filled(run):
         if layout.schedule != "interleaved":
             yield Problem("stage_layers", run.stage_layers, "leaves a rank, or a chunk of one, without layers")
@@ -206,10 +202,13 @@ def _recompute_layers_problems(run: "PlannedRun") -> Iterator[Problem]:
 
 
 def schedule_problems(run: "PlannedRun") -> Iterator[Problem]:
-    """Pipeline ranks that a schedule can't use, however many GPUs there are."""
-    layout = run.layout
+    """Pipeline ranks that a schedule can't use or layers can't fill, however many GPUs there are."""
+    layout, layers = run.layout, run.shape.num_layers
     if layout.schedule == "dualpipe" and layout.pp > 1 and layout.pp % 2:
         yield Problem("layout.pp", layout.pp, "schedule dualpipe pairs the ranks", _nearest_pp(run))
+    elif not _layers_fill(run, layout.pp):
+        chunks = " of two chunks" if layout.schedule == "dualpipev" else ""
+        yield Problem("layout.pp", layout.pp, f"{layers} layers don't fill as many ranks{chunks}", _nearest_pp(run))
 
 
 def _stage_layers_problems(run: "PlannedRun") -> Iterator[Problem]:
@@ -233,8 +232,12 @@ def _pp_fits(run: "PlannedRun", pp: int) -> bool:
     expert_ranks = layout.ep * layout.etp if run.shape.moe is not None else 1
     if not _ranks_fit(run, pp=pp) or run.training_gpus // pp % expert_ranks:
         return False
-    chunks_per_rank = 2 if layout.schedule == "dualpipev" and pp > 1 else 1
-    return pp * chunks_per_rank <= run.shape.num_layers and (layout.schedule != "dualpipe" or pp % 2 == 0)
+    return _layers_fill(run, pp) and (layout.schedule != "dualpipe" or pp % 2 == 0)
+
+
+def _layers_fill(run: "PlannedRun", pp: int) -> bool:
+    chunks_per_rank = 2 if run.layout.schedule == "dualpipev" and pp > 1 else 1
+    return pp * chunks_per_rank <= run.shape.num_layers
 
 
 def _chunks_filled(run: "PlannedRun") -> bool:

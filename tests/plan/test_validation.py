@@ -169,6 +169,9 @@ INTERLEAVED = Layout(pp=8, vpp=4, schedule="interleaved")
         # Colocated engines of 16 GPUs and a trainer of tp 8 both fill 96 GPUs and 112.
         ("llama3-8b", 100, {"layout": Layout(tp=8), **GRPO, "rollout.tp": 16},
          ["--layout.tp 8: 100 training GPUs can't hold tp 8 x cp 1 x pp 1 = 8; nearest allowed: 4, or --gpus 96 or 112"]),
+        # 16 GPUs would hold 16 ranks, but the layers wouldn't fill them.
+        ("qwen2.5-7b", 12, {"layout": Layout(pp=16, schedule="dualpipev")},
+         ["--layout.pp 16: 28 layers don't fill as many ranks of two chunks; nearest allowed: 12"]),
         # pp 48 would leave 4 GPUs a stage, which etp 3 doesn't divide.
         ("qwen3-30b-a3b", 192, {"layout": Layout(pp=64, etp=3), "training.global_batch_sequences": 192},
          ["--layout.pp 64: 48 layers don't fill as many ranks; nearest allowed: 32"]),
