@@ -33,6 +33,7 @@ ASSUMED_QUESTIONS = 1000
 """Of an evaluation of all questions: how many there are is in the data too."""
 QUESTIONS_NOTE = f"How many questions there are is not read either: times are for {ASSUMED_QUESTIONS:,}."
 PROBLEMS_NOTE = "Problems name launch/plan.py's flags: of them the run itself has --plan, --layout.* and --placement."
+"""Of settings; those of memory have the run's own flags (`planned_memory`)."""
 ASSUMED_RESPONSE_SHARE = 0.5
 """Mean length of a response over its limit."""
 PROBLEMS_EXIT_CODE = 3
@@ -181,16 +182,15 @@ def plan_grpo(config: "GrpoConfig", gpus: int, device: str) -> int:
         return grpo_run(replace(config, layout=layout, rollout=rollout), gpus, device)
 
     run, console = of(config.layout, gpus, config.rollout.kv_cache_gib), make_console()
-    found = problems(run)
-    if not found:
+    if not problems(run):
         run = with_batch(run)
-        found = LaunchedRun(run, config.rollout.kv_cache_gib, of, trains=True).problems()
-    shown = [as_plan_flag(problem, run) for problem in found]
-    if problems(run):
-        show_problems(shown, console)
+    found = mistakes = problems(run)
+    if mistakes:
+        show_problems([as_plan_flag(problem, run) for problem in mistakes], console)
     else:
-        show(predicted(run), shown, console)
-    show_notes(assumptions(run) + ([PROBLEMS_NOTE] if found else []), console)
+        found = LaunchedRun(run, config.rollout.kv_cache_gib, of, trains=True).problems()
+        show(predicted(run), [as_plan_flag(problem, run) for problem in found], console)
+    show_notes(assumptions(run) + ([PROBLEMS_NOTE] if mistakes else []), console)
     return PROBLEMS_EXIT_CODE if found else 0
 
 
@@ -203,13 +203,14 @@ def plan_evaluation(config: "EvaluateConfig", gpus: int, device: str) -> int:
         return evaluation_run(replace(config, layout=layout, rollout=rollout), gpus, device)
 
     run, console = of(config.layout, gpus, config.rollout.kv_cache_gib), make_console()
-    found = problems(run) or LaunchedRun(run, config.rollout.kv_cache_gib, of, trains=False).problems()
+    mistakes = problems(run)
+    found = mistakes or LaunchedRun(run, config.rollout.kv_cache_gib, of, trains=False).problems()
     if found:
         show_problems([as_plan_flag(problem, run) for problem in found], console)
     else:
         show_generation(run, console)
     notes = [] if config.eval.questions else [QUESTIONS_NOTE]
-    show_notes(assumptions(run) + notes + ([PROBLEMS_NOTE] if found else []), console)
+    show_notes(assumptions(run) + notes + ([PROBLEMS_NOTE] if mistakes else []), console)
     return PROBLEMS_EXIT_CODE if found else 0
 
 

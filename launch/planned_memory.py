@@ -97,9 +97,9 @@ class LaunchedRun:
                 run = self.of(layout, gpus, least_cache_gib(run))
         except InputError:
             return None, []
-        if problems(run):
-            return None, []
-        return with_batch(run) if self.trains else run, flags
+        if self.trains and not problems(run):
+            run = with_batch(run)
+        return (None, []) if problems(run) else (run, flags)
 
 
 def least_cache_gib(run: PlannedRun) -> float:
