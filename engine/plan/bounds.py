@@ -50,7 +50,7 @@ class Bounds:
         on_rank = counts @ pieces
         if layout.schedule == "dualpipe" and layout.pp > 1:
             on_rank /= 2  # every stage is on two ranks, which share the micro-batches
-        passes, exchanges = on_rank[:, :2].sum(axis=1), on_rank[:, 2:].sum(axis=1)
+        passes, exchanges = on_rank[:, :2].sum(axis=1), on_rank[:, 2:4].sum(axis=1)
         if run.pairs_passes:
             # All as one pair: the time of a pair is convex in its parts, so several pairs together take no less.
             passes = _paired_seconds(run, passes, exchanges)
@@ -60,15 +60,17 @@ class Bounds:
         waiting = before @ pieces
         # The first micro-batch reaches a rank through the ranks before it, and the last one leaves it backwards through them,
         # while schedules with split backward passes may still compute weight gradients.
-        drains = layout.schedule in ("1f1b", "interleaved")
-        fill_and_drain = waiting[:, :2].sum(axis=1) if drains else waiting[:, 0]
-        return float((busy + fill_and_drain).max())
+        if layout.schedule in ("1f1b", "interleaved"):
+            return float((busy + waiting[:, :2].sum(axis=1)).max())
+        in_turn = run.microbatches * (on_rank[:, :4].sum(axis=1) - on_rank[:, 4]) + waiting[:, :2].sum(axis=1) - waiting[:, 4]
+        without_weights = in_turn.max() if layout.schedule == "zero-bubble" else 0.0
+        return float(max((busy + waiting[:, 0]).max(), without_weights))
 
     def update_at_least_seconds(self, run: PlannedRun) -> float:
         """Of the end of an optimizer step, exchanges of gradients and weights and Adam: of the rank with least of it."""
         layout = run.layout
         counts, _ = _pipeline(run.shape, layout.pp, layout.schedule, layout.vpp, run.stage_layers)
-        forward, backward, forward_exchange, backward_exchange = (counts @ self._piece_seconds(run)).T
+        forward, backward, forward_exchange, backward_exchange, _ = (counts @ self._piece_seconds(run)).T
         work = Work(run, device_named(run.device))
         alike: dict[tuple[float, ...], float] = {}
         for stage, held in zip(run.stages(), map(tuple, counts), strict=True):
@@ -82,10 +84,16 @@ class Bounds:
     def at_least_forward_seconds(self, run: PlannedRun) -> float:
         """Seconds of forward passes of all micro-batches of an optimizer step, as log-probs need them."""
         layout = run.layout
-        counts, _ = _pipeline(run.shape, layout.pp, layout.schedule, layout.vpp, run.stage_layers)
+        counts, before = _pipeline(run.shape, layout.pp, layout.schedule, layout.vpp, run.stage_layers)
         pieces = self._piece_seconds(run)
-        busy = counts @ (pieces[:, 0] + pieces[:, 2])
-        return float(run.microbatches * busy.max()) / (2 if layout.schedule == "dualpipe" and layout.pp > 1 else 1)
+        forward = pieces[:, 0] + pieces[:, 2]
+        on_rank = counts @ forward
+        if layout.schedule == "dualpipe" and layout.pp > 1:
+            on_rank /= 2  # as in at_least_seconds
+        through_all = on_rank.sum()  # one micro-batch, which goes through one rank after the other
+        if layout.schedule in ("1f1b", "zero-bubble"):
+            return float(through_all + (run.microbatches - 1) * on_rank.max())
+        return float(max(through_all, (run.microbatches * on_rank + before @ forward).max()))
 
     def grpo_at_least_seconds(self, run: PlannedRun, step_run: PlannedRun, engine_seconds: float, settled: bool) -> float:
         """Seconds of a GRPO step of `run`, whose trainer sees `step_run` an optimizer step (`grpo.optimizer_step_run`).
@@ -116,8 +124,8 @@ class Bounds:
         return float(held.max()) * (1 + FRAGMENTATION) + outside_bytes(run)
 
     def _piece_seconds(self, run: PlannedRun) -> Array:
-        """Of a micro-batch through each piece of the model (layers, embedding, head): forward, backward, and both directions'
-        expert exchanges, which other passes may hide."""
+        """Of a micro-batch through each piece of the model (layers, embedding, head): forward, backward, both directions'
+        expert exchanges, which other passes may hide, and what of backward is for weights."""
         layout, training = run.layout, run.training
         key = (layout.tp, layout.sp, layout.cp, layout.cp_kind, layout.ep, layout.etp, run.edp, run.gathers_in_every_pass)
         key += _settings(training)
@@ -128,11 +136,10 @@ class Bounds:
             pieces = []
             for layer in self._layers:
                 one = layer_pass(work, layer).stage_seconds()
-                pieces.append((one.forward, one.backward, one.forward_exchange, one.backward_exchange))
-            pieces.append((*_forward_and_backward(embedding_operations(work)), 0.0, 0.0))
-            head = _forward_and_backward(head_operations(work))
+                pieces.append((one.forward, one.backward, one.forward_exchange, one.backward_exchange, one.backward_weight))
+            pieces.append(_seconds_of(embedding_operations(work)))
             heads = 1 + self._shape.num_mtp_layers  # each MTP module runs it once more
-            pieces.append((heads * head[0], heads * head[1], 0.0, 0.0))
+            pieces.append(heads * np.array(_seconds_of(head_operations(work))))
             self._seconds[key] = np.array(pieces)
         return self._seconds[key]
 
@@ -167,7 +174,7 @@ def _settings(training: TrainingPlan) -> tuple:
     return (
         training.micro_batch_sequences, training.sequence_length_tokens, training.packed_length_tokens, training.recompute,
         training.recompute_layers, training.fsdp, training.gradient_dtype_bytes, training.moment_dtype_bytes,
-        training.offload_optimizer,
+        training.offload_optimizer, training.precision,
     )  # fmt: skip
 
 
@@ -183,9 +190,10 @@ def _paired_seconds(run: PlannedRun, passes: Array, exchanges: Array) -> Array:
     return np.array([paired[rank] for rank in ranks])
 
 
-def _forward_and_backward(operations: list[Operation]) -> tuple[float, float]:
-    forward = sum(one.forward_seconds for one in operations)
-    return forward, sum(one.backward_input_seconds + one.backward_weight_seconds for one in operations)
+def _seconds_of(operations: list[Operation]) -> tuple[float, ...]:
+    """Of operations without expert exchanges, in the order of `Bounds._piece_seconds`."""
+    forward, weight = sum(one.forward_seconds for one in operations), sum(one.backward_weight_seconds for one in operations)
+    return forward, sum(one.backward_input_seconds for one in operations) + weight, 0.0, 0.0, weight
 
 
 @lru_cache(maxsize=8)

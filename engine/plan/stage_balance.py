@@ -9,6 +9,7 @@ from .shape import ModelShape
 from .stages import even_split
 
 
+@lru_cache(maxsize=512)
 def balanced_stage_layers(shape: ModelShape, pp: int, sequence_length_tokens: int) -> tuple[int, ...]:
     """Layers of each stage: as many on the last one, which has the head and MTP, as make the slowest stage do fewest FLOPs.
 

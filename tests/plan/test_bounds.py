@@ -4,6 +4,7 @@ import pytest
 
 from strop.engine.config import Layout
 from strop.engine.plan.bounds import Bounds
+from strop.engine.plan.grpo import forward_seconds
 from strop.engine.plan.memory import training_memory, worst_stage
 from strop.engine.plan.models import SHAPES
 from strop.engine.plan.run import PlannedRun, TrainingPlan
@@ -34,3 +35,16 @@ def test_bounds_where_ranks_differ(name, layout, stage_layers, training):
         assert bounds.at_least_bytes(run) > 0.85 * most_bytes
     step_seconds = train_step(run).step_seconds
     assert bounds.at_least_seconds(run) + bounds.update_at_least_seconds(run) <= step_seconds * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zero-bubble"])
+def test_bounds_hold_how_a_pipeline_fills_and_drains(schedule):
+    """Four micro-batches on eight ranks: a forward pass alone takes 4 + 7 stages' time, not 4, and so does a step."""
+    layout = Layout(pp=8, schedule=schedule, dp=1)
+    training = TrainingPlan(global_batch_sequences=4, overlap_data=False)
+    run = PlannedRun(SHAPES["qwen3-32b"], 8, layout=layout, training=training)
+    bounds = Bounds(run.shape)
+    assert 0.95 < bounds.at_least_forward_seconds(run) / forward_seconds(run) <= 1 + 1e-9
+    passes = train_step(run)
+    seconds = passes.step_seconds - passes.parts_seconds["optimizer"] - passes.parts_seconds["exposed_data"]
+    assert 0.9 < bounds.at_least_seconds(run) / seconds <= 1 + 1e-9
