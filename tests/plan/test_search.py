@@ -316,3 +316,14 @@ def test_what_is_surely_no_faster_than_what_fits_is_not_tried(other, beside_fast
     fits_already = replace(PLAN, recompute=("activation",))
     of_layout = _OfLayout(open=1, fitting=[(fits_already, beside_fastest_engines)])
     assert of_layout.outdoes(replace(fits_already, **other)) == outdone
+
+
+def test_every_layout_is_predicted_rejected_or_outpaced():
+    """With one setting a layout, so that each is predicted at most once."""
+    space = replace(
+        SMALL, micro_batch_sequences=(1,), offload_optimizer=(True,), recompute=(("layer",),), schedules=("1f1b", "dualpipev")
+    )
+    few = search(QWEN, 16, training=PLAN, space=space, ranked=1)
+    candidates = len(list(layouts(PlannedRun(QWEN, 16, training=PLAN), space)))
+    assert few.outpaced_count > 0 and few.evaluated_count > 0
+    assert few.evaluated_count + len(few.rejected) + few.outpaced_count == candidates
