@@ -35,7 +35,7 @@ from strop.engine.plan.search import search
 from strop.engine.run.failure import FailureReport
 from strop.engine.run.torchrun import Torchrun
 from strop.launch.plan_config import PlanConfig, command_of
-from strop.launch.plan_table import make_console, short, show, show_notes, show_problems, show_search
+from strop.launch.plan_table import make_console, short, show, show_notes, show_problems, show_progress, show_search
 from strop.launch.planned import PROBLEMS_EXIT_CODE, predict, shape_of_model
 
 PATHS = "A config.json or the Hugging Face folder with it"
@@ -74,7 +74,8 @@ def search_layouts(name: str, run: PlannedRun, config: PlanConfig) -> int:
     budget_bytes = config.memory_budget_bytes()
     result = search(
         run.shape, run.gpus, run.device, run.training, run.rollout, space=config.search_space(), memory_bytes=budget_bytes,
-        ranked=config.best, host_memory_gib=run.host_memory_gib,
+        ranked=config.best, host_memory_gib=run.host_memory_gib, limit_seconds=config.search_seconds,
+        progress=show_progress if sys.stderr.isatty() else None,
     )  # fmt: skip
     found = [replace(one, steps=run.steps) for one, _ in result.ranked]
     best = [Prediction.of(one, budget_bytes) for one in found]
@@ -101,6 +102,11 @@ def search_layouts(name: str, run: PlannedRun, config: PlanConfig) -> int:
         "ways_out": [str(way) for way in result.ways_out()],
         "search_seconds": result.seconds,
         "search_budget_bytes": result.budget_bytes,
+        "held_fixed": [{"flag": flag, "value": text} for flag, text in result.held.items()],
+        "predicted_count": result.evaluated_count,
+        "outpaced_count": result.outpaced_count,
+        "open_count": result.open_count,
+        "open_at_least_seconds": result.open_at_least_seconds,
     }
     write(content, best[0] if best else None, config)
     return 0 if best else PROBLEMS_EXIT_CODE

@@ -12,6 +12,7 @@ from strop.engine.plan.candidates import RECOMPUTE_CHOICES, SEARCHED_SETTINGS, S
 from strop.engine.plan.devices import DEVICES, device_named
 from strop.engine.plan.host_memory import SYSTEM_BYTES_PER_GPU, USABLE_FRACTION
 from strop.engine.plan.run import PlannedRun, RecomputePart, RolloutPlan, TrainingPlan
+from strop.engine.plan.search_clock import LIMIT_SECONDS
 from strop.engine.plan.shape import ModelShape
 from strop.engine.plan.text import flag_text, gib_text
 
@@ -55,6 +56,8 @@ class PlanConfig:
     space: SpaceFlags = field(default_factory=SpaceFlags)
     best: int = 10
     """With --search: how many layouts to show."""
+    search_seconds: float = LIMIT_SECONDS
+    """With --search: after these it ends with what it has found, and says what it left open."""
     memory_budget_gib: float | None = None
     """With --search: what a rank may take; unset: what its GPU has, less a reserve of 3%."""
     json: Path | None = None
@@ -77,8 +80,13 @@ class PlanConfig:
                 "--training.global-batch-sequences has no effect with --grpo: the batch is what the samples are packed into, "
                 "--rollout.prompts-per-step x --rollout.group-size / --rollout.optimizer-steps of them"
             )
-        if not self.search and (self.space != SpaceFlags() or self.memory_budget_gib is not None):
-            raise InputError("--space.* and --memory-budget-gib have no effect without --search: add it, or leave them out")
+        if self.search_seconds <= 0:
+            raise InputError(f"--search-seconds {self.search_seconds:g}: must be above 0")
+        asked = self.space != SpaceFlags() or self.memory_budget_gib is not None or self.search_seconds != LIMIT_SECONDS
+        if not self.search and asked:
+            raise InputError(
+                "--space.*, --search-seconds and --memory-budget-gib have no effect without --search: add it, or leave them out"
+            )
         if self.search:
             self._require_unsearched()
 
@@ -98,10 +106,11 @@ class PlanConfig:
                 if setting == "training.recompute_layers":
                     raise InputError(f"{flag}: --search recomputes in all layers of a rank: leave it out")
                 raise InputError(f"{flag}: --search decides it; --{fixed_by.replace('_', '-')} says among which values")
-        for name in ("fsdp", "gradient_dtype_bytes", "moment_dtype_bytes", "offload_optimizer"):
-            value, allowed = getattr(self.training, name), getattr(self.space, name)
+        for name in ("fsdp", "precision", "gradient_dtype_bytes", "moment_dtype_bytes", "offload_optimizer"):
+            axis = "precisions" if name == "precision" else name
+            value, allowed = getattr(self.training, name), getattr(self.space, axis)
             if value != getattr(TrainingPlan(), name) and allowed and value not in allowed:
-                one, other = flag_text(f"training.{name}", value), flag_text(f"space.{name}", allowed)
+                one, other = flag_text(f"training.{name}", value), flag_text(f"space.{axis}", allowed)
                 raise InputError(f"{one} and {other} contradict each other: leave one out")
 
     def memory_budget_bytes(self) -> float | None:

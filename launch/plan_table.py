@@ -1,5 +1,6 @@
 """A plan as people read it: tables on a terminal, or 80 columns of text in a pipe."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -260,9 +261,17 @@ def show_search(result: "SearchResult", shown: Sequence[Prediction], commands: S
             rate_text(step.tokens_per_second_per_gpu), gib_text(prediction.headroom_bytes),
         )  # fmt: skip
     looked = f"{result.evaluated_count:,} predicted, {result.outpaced_count:,} that can't be faster left out"
+    if result.open_count:
+        least = seconds_text(result.open_at_least_seconds)
+        looked += f", at least {result.open_count:,} left open by --search-seconds, which take {least} or more"
     budget = f"at most {gib_text(result.budget_bytes)} GiB a GPU"
-    heading = "Fastest layouts" if shown else "No layout works"
+    heading = "Fastest layouts" if shown else "No layout found yet" if result.open_count else "No layout works"
     to.print(Section(heading, table, f"{looked}, {budget}, in {result.seconds:.1f} s."))
+    held = ", ".join(f"{text} ({flag})" for flag, text in result.held.items())
+    kept = (
+        f"; {gib_text(result.reserve_bytes)} GiB of a GPU are kept free (--memory-budget-gib)" if result.reserve_bytes else ""
+    )
+    to.print(Text(f"Held fixed: {held}{kept}."), soft_wrap=True)
     if shown:
         to.print(Text(f"The first one alone: {commands[0]}"), soft_wrap=True)
     reasons = grid("runs", "reason")
@@ -274,6 +283,11 @@ def show_search(result: "SearchResult", shown: Sequence[Prediction], commands: S
         to.print(Text(f"Of the layout that is nearest to fitting: {lack}."), soft_wrap=True)
     for way in result.ways_out():
         to.print(Text(f"nearest that works: {way}"), soft_wrap=True)
+
+
+def show_progress(evaluated: int, waiting: int) -> None:
+    """Of a search, on one line of a terminal that the next one overwrites."""
+    print(f"\r{evaluated:,} steps predicted, {waiting:,} layouts wait\033[K", end="\r", file=sys.stderr, flush=True)
 
 
 def grid(*columns: str) -> Table:

@@ -6,7 +6,7 @@ from itertools import product
 
 from ..config import ContextParallelKind, InputError, Layout, PipelineSchedule, Placement
 from .devices import device_named
-from .run import PlannedRun, RecomputePart, TrainingPlan
+from .run import PlannedRun, RecomputePart, TrainingPlan, TrainingPrecision
 from .shape import ModelShape
 from .stage_balance import balanced_stage_layers
 from .stages import even_split
@@ -62,14 +62,17 @@ class SearchSpace:
     recompute: tuple[tuple[RecomputePart, ...], ...] = RECOMPUTE_CHOICES
     fsdp: tuple[bool, ...] = ()
     """Unset: both where there is no pipeline, else as in --training.fsdp."""
+    precisions: tuple[TrainingPrecision, ...] = ()
+    """Unset, here and in the next two: as in --training. These change what is computed, so the person allows them."""
     gradient_dtype_bytes: tuple[int, ...] = ()
-    """Unset, here and in the next: as in --training. These change what is computed, so the person allows them."""
+    """4: fp32; 2: bf16."""
     moment_dtype_bytes: tuple[int, ...] = ()
     """Of each of Adam's two moments."""
     offload_optimizer: tuple[bool, ...] = ()
     """Unset: as in --training.offload-optimizer, and on where nothing fits without."""
     placements: tuple[Placement, ...] = ("colocated",)
-    """With --grpo: whether all GPUs take turns, or some only generate."""
+    """With --grpo: whether all GPUs take turns, or some only generate. With both, --rollout.steps-ahead is that of the
+    latter; the former generate and train in turn."""
     split_shares: tuple[float, ...] = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
     """Shares of the GPUs that only generate, where the placement is split."""
     rollout_tp: tuple[int, ...] = ()
@@ -182,7 +185,7 @@ def _with_layout(base: PlannedRun, layout: Layout) -> PlannedRun:
 
 
 def _divided(run: PlannedRun, space: SearchSpace) -> Iterator[PlannedRun]:
-    """The run with its divisions of layers over stages and its micro-batches."""
+    """The run with its divisions of layers over stages, its micro-batches and precisions."""
     layout, training = run.layout, run.training
     sequences = training.global_batch_sequences // layout.dp
     most = max(1, LARGEST_MICROBATCH_TOKENS * layout.cp // training.sequence_length_tokens)
@@ -191,8 +194,11 @@ def _divided(run: PlannedRun, space: SearchSpace) -> Iterator[PlannedRun]:
     even = even_split(run.shape.num_layers, layout.pp)
     chunks = 2 if layout.schedule == "dualpipev" else layout.vpp
     for stage_layers in ((),) if balanced == even or min(balanced) < chunks else ((), balanced):
-        for micro in space.micro_batch_sequences or powers or (1,):
-            yield replace(run, stage_layers=stage_layers, training=replace(training, micro_batch_sequences=micro))
+        for micro, precision in product(
+            space.micro_batch_sequences or powers or (1,), space.precisions or (training.precision,)
+        ):
+            changed = replace(training, micro_batch_sequences=micro, precision=precision)
+            yield replace(run, stage_layers=stage_layers, training=changed)
 
 
 def memory_settings(training: TrainingPlan, space: SearchSpace, pp: int) -> list[TrainingPlan]:
@@ -232,6 +238,26 @@ def recompute_choices(shape: ModelShape, space: SearchSpace) -> tuple[tuple[Reco
     lacking |= {"experts"} if "moe" not in kinds else set()
     choices = dict.fromkeys(tuple(part for part in choice if part not in lacking) for choice in space.recompute)
     return tuple(sorted(choices, key=lambda choice: (choice == ("layer",), len(choice))))
+
+
+def held_fixed(base: PlannedRun, space: SearchSpace) -> dict[str, str]:
+    """What a search of this run doesn't vary though it could be faster or smaller otherwise, in words, each with the flag that
+    frees it."""
+    training, moe = base.training, base.shape.moe
+    held = {
+        "precisions": training.precision,
+        "gradient_dtype_bytes": f"gradients of {training.gradient_dtype_bytes} bytes",
+        "moment_dtype_bytes": f"moments of {training.moment_dtype_bytes} bytes",
+        "offload_optimizer": f"optimizer on the {'host' if training.offload_optimizer else 'device'}",
+    }
+    found = {_flag(name): text for name, text in held.items() if len(getattr(space, name)) < 2}
+    if base.rollout is not None and len(space.placements) == 1:
+        found[_flag("placements")] = f"{space.placements[0]} placement"
+    if moe is not None:
+        found["--training.dispatcher"] = f"dispatcher {training.dispatcher}"
+        overlap = training.overlap_expert
+        found[f"--training.{'no-' if overlap else ''}overlap-expert"] = f"expert exchange {'' if overlap else 'not '}overlapped"
+    return found
 
 
 def divisors(number: int, most: int) -> list[int]:

@@ -66,7 +66,8 @@ def trainer_memory_problems(run: PlannedRun, budget_bytes: float) -> Iterator[Pr
     """In GiB by part, of each phase: on the device, and on the host of a node."""
     fewest = fewest_gpus(run, budget_bytes)
     if fewest > run.training_gpus:
-        reason = f"weights, gradients and optimizer states alone fill {fewest:,} GPUs, and {run.training_gpus:,} train"
+        filled = f"{fewest:,} GPUs of {gib_text(budget_bytes)} GiB"
+        reason = f"weights, gradients and optimizer states alone fill {filled}, and {run.training_gpus:,} train"
         yield Problem("gpus", run.gpus, f"{reason}; {needs(worst_stage(memory_per_rank(run)), budget_bytes)}")
         return
     phases = memory_phases(run)

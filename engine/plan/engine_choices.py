@@ -8,6 +8,7 @@ from ..config import InputError, Layout
 from .candidates import SearchSpace, divisors
 from .decode import GenerationEngine
 from .devices import device_named
+from .facts import train_flops_per_token
 from .memory import colocated_rollout_memory, generating_gpu_bytes, offloads_weights, weight_sync_memory, worst_stage
 from .rollout import most_active, rollout_time
 from .rollout_fit import rollout_problems
@@ -19,6 +20,9 @@ LARGEST_ROLLOUT_ENGINE_GPUS = 64
 """Of one engine in a search: the largest that the published rollouts have (expert parallelism of slime and verl)."""
 MEMORY_FRACTION_STEP, LEAST_MEMORY_FRACTION = 0.1, 0.2
 """Colocated engines get what rollout.memory_fraction says, or so much less."""
+
+LIKELY_UTILIZATION = 0.3
+"""Of the peak, by a trainer."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,26 @@ def beside(run: PlannedRun, engines: list[Engines], budget_bytes: float) -> Plan
     return None
 
 
+def likely_seconds(engines: list[Engines]) -> float:
+    """Of a step: of the engines, and of a trainer as fast as most are. It only orders what is looked at."""
+    run, plan, fastest = engines[0].run, engines[0].run.rollout, engines[0].seconds
+    if plan is None:
+        return 0.0
+    length, passes = run.training.attention_length_tokens, plan.train_epochs + (plan.old_logprobs + plan.reference) / 3
+    tokens = plan.samples * (plan.prompt_tokens + plan.mean_response_tokens)
+    peak = run.training_gpus * device_named(run.device).bf16_flops_per_second
+    learner = passes * tokens * train_flops_per_token(run.shape, length) / (LIKELY_UTILIZATION * peak)
+    return max(fastest, learner) if plan.steps_ahead else fastest + learner
+
+
+def with_own_engines(run: PlannedRun) -> PlannedRun:
+    """With engines that generate with the trainer's weights: those of its degrees."""
+    if not shares_weights(run.rollout):
+        return run
+    layout = run.layout
+    return replace(run, rollout=replace(run.rollout, tp=layout.tp, pp=layout.pp, ep=layout.ep))
+
+
 def _kind(run: PlannedRun) -> tuple:
     """Of its engines: all but their share of memory and where the trainer is meanwhile."""
     plan = run.rollout
@@ -114,8 +138,10 @@ def rollouts(base: PlannedRun, space: SearchSpace) -> Iterator[PlannedRun]:
     node_gpus = device_named(base.device).gpus_per_node
     for placement in space.placements:
         if placement == "colocated":
+            # Only GPUs of their own can generate ahead; beside them, those that take turns are ranked as they are.
+            ahead = 0 if "split" in space.placements else base.rollout.steps_ahead
             for offload in space.offload_training or ((True,) if base.rollout.offload_training else (True, False)):
-                plan = replace(base.rollout, offload_training=offload)
+                plan = replace(base.rollout, offload_training=offload, steps_ahead=ahead)
                 yield from _engines(replace(base, placement=placement, rollout=plan), space)
             continue
         unit = node_gpus if base.gpus > node_gpus else 1

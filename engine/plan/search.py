@@ -1,12 +1,11 @@
 """The fastest layouts of a model on a number of GPUs, and why the others fail.
 
 Layouts are looked at in the order of the time they take at the least (`bounds`): whether they have problems, whether they fit
-into memory and with how little recomputation, last how long a step takes. Only what can't be faster than the layouts found is
-left out, so the first one is the fastest of its space.
+into memory and with how little recomputation, last how long a step takes. What can't be faster than the layouts found by a
+thousandth is left out, so that no layout of the space is that much faster than the first one, unless time runs out before.
 """
 
 import heapq
-import time
 from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -14,21 +13,25 @@ from itertools import count
 
 from ..config import InputError
 from .bounds import Bounds
-from .candidates import SearchSpace, layouts, least_work, memory_settings, recompute_choices
+from .candidates import SearchSpace, held_fixed, layouts, least_work, memory_settings, recompute_choices
 from .devices import device_named
-from .engine_choices import Engines, beside, engine_groups, shares_weights
+from .engine_choices import Engines, beside, engine_groups, likely_seconds, with_own_engines
 from .grpo import GrpoStep, optimizer_step_run
 from .host_memory import fullest_node
 from .layout_fit import microbatch_rule
 from .memory import colocated_rollout_memory, memory_per_rank, training_memory, worst_stage
 from .nearest import predict
 from .run import PlannedRun, RolloutPlan, TrainingPlan
+from .search_clock import LIMIT_SECONDS, Clock, Progress
 from .search_result import HOST_MEMORY, MEMORY, Rejection, SearchResult
 from .shape import ModelShape
 from .training import StepTime
 from .validation import problems, settings_problems
 
 RANKED = 10
+LEFT_OUT_SHARE = 1e-3
+"""Of the last ranked step: what isn't faster by more at the least is left out. Where generation takes most of a step, thousands
+of the trainer's layouts differ by less, which is far below what a prediction is worth."""
 MEMORY_RESERVE = 0.03
 """Of a GPU's memory, left free by default: predictions of peaks are this far off in the median of all rows
 (benchmarks/results/planner.md), half as much again in that of the rows held out, and some are much farther."""
@@ -67,12 +70,22 @@ class _OfLayout:
 
 
 @dataclass(frozen=True)
+class _Layout:
+    """Of which nothing is tried yet."""
+
+    engines: list[Engines]
+    run: PlannedRun
+
+
+@dataclass(frozen=True)
 class _Settings:
     """The recomputations of a layout that were not tried yet, everything else being settled."""
 
     of_layout: _OfLayout
     left: Iterator[TrainingPlan]
     run: PlannedRun
+    """With the recomputation that is the next."""
+    engines: list[Engines]
 
 
 def search(
@@ -85,12 +98,16 @@ def search(
     memory_bytes: float | None = None,
     ranked: int = RANKED,
     host_memory_gib: float = 0.0,
+    limit_seconds: float = LIMIT_SECONDS,
+    progress: Progress | None = None,
 ) -> SearchResult:
     """Rank layouts by predicted step time: with equal work, by tokens a second.
 
     `memory_bytes`: budget of a GPU; None: all that the device has but MEMORY_RESERVE. `ranked`: how many layouts to find.
     `host_memory_gib`: of a node, as in PlannedRun. With a rollout, each layout of the trainer is ranked with its fastest
     engines. Where nothing fits and the space leaves offload_optimizer open, the same is tried with the optimizer on the host.
+    After `limit_seconds` the search ends, and its result says what was left open. `progress` is called once in a second with
+    the numbers of steps predicted and of layouts that wait.
     Raises InputError for an unknown device, and for settings or values of the space that no layout could make right.
     """
     base = PlannedRun(
@@ -99,9 +116,10 @@ def search(
     space = space or SearchSpace()
     budget_bytes = memory_bytes or (1 - MEMORY_RESERVE) * device_named(device).hbm_bytes
     _require_possible(base, space)
-    result = _Search(base, space, budget_bytes, ranked).result()
-    if not result.ranked and not space.offload_optimizer and not base.training.offload_optimizer:
-        offloaded = _Search(base, replace(space, offload_optimizer=(True,)), budget_bytes, ranked).result()
+    clock = Clock(limit_seconds, progress)
+    result = _Search(base, space, budget_bytes, ranked, clock).result()
+    if not result.ranked and not space.offload_optimizer and not base.training.offload_optimizer and not clock.is_over():
+        offloaded = _Search(base, replace(space, offload_optimizer=(True,)), budget_bytes, ranked, clock).result()
         result = offloaded if offloaded.ranked else result
     return result
 
@@ -109,7 +127,9 @@ def search(
 def _require_possible(base: PlannedRun, space: SearchSpace) -> None:
     """Raises InputError where the settings are wrong with every placement, or the space's values are."""
     mistakes: list[str] = []
-    placed = [base] if base.rollout is None else [_placed(base, placement) for placement in space.placements]
+    placed = [base] if base.rollout is None else [_placed(base, placement, space) for placement in space.placements]
+    precisions = space.precisions or (base.training.precision,)
+    placed = [replace(run, training=replace(run.training, precision=one)) for run in placed for one in precisions]
     for run in placed:
         found = settings_problems(run)
         if not found:
@@ -120,77 +140,104 @@ def _require_possible(base: PlannedRun, space: SearchSpace) -> None:
     space.require_effect(base)
 
 
-def _placed(base: PlannedRun, placement: str) -> PlannedRun:
+def _placed(base: PlannedRun, placement: str, space: SearchSpace) -> PlannedRun:
     """With a placement's own settings as a search would choose them."""
     plan = base.rollout
     if placement == "split":
         plan = replace(plan, gpus=max(1, base.gpus // 2), offload_training=False)
+    elif "split" in space.placements:
+        plan = replace(plan, steps_ahead=0)
     return replace(base, placement=placement, rollout=plan)
 
 
 class _Search:
-    def __init__(self, base: PlannedRun, space: SearchSpace, budget_bytes: float, ranked: int) -> None:
-        self.base, self.space, self.budget_bytes, self.wanted = base, space, budget_bytes, ranked
+    def __init__(self, base: PlannedRun, space: SearchSpace, budget_bytes: float, ranked: int, clock: Clock) -> None:
+        self.base, self.space, self.budget_bytes, self.wanted, self.clock = base, space, budget_bytes, ranked, clock
+        self.tick = count()
+        self.queue: list[tuple[float, int, _Layout | _Settings]] = []
+        """With the seconds that it takes at the least; of equals in the order in which they came."""
         self.bounds = Bounds(base.shape)
         self.batches: dict[tuple, TrainingPlan] = {}
         self.rejected: list[Rejection] = []
         self.ranked: list[tuple[float, tuple, PlannedRun, StepTime | GrpoStep]] = []
-        self.evaluated = self.outpaced = 0
+        self.evaluated = 0
 
     def result(self) -> SearchResult:
-        started = time.perf_counter()
         groups, failed = engine_groups(self.base, self.space)
         self.rejected += [Rejection(run, "rollout.tp", reason) for run, reason in failed]
-        for engines in groups:
-            self._search_layouts(engines)
-        if not self.ranked and not self.rejected:
+        self.unopened = sorted(groups, key=likely_seconds)  # engines beside which no layout was looked at
+        self._search_layouts()
+        if not (self.ranked or self.rejected or self.queue or self.unopened):
             gpus, model = self.base.gpus, self.base.shape.name
             raise InputError(f"no layout of --space.* divides {gpus} GPUs and {model}: allow more degrees")
-        best = tuple((run, predicted) for _, _, run, predicted in self.ranked)
-        seconds = time.perf_counter() - started
-        return SearchResult(best, tuple(self.rejected), seconds, self.evaluated, self.outpaced, self.budget_bytes)
+        undecided = {id(node.of_layout) for _, _, node in self.queue if _is_undecided(node)}
+        left = sum(isinstance(node, _Layout) for _, _, node in self.queue) + len(undecided) + len(self.unopened)
+        at_least = [seconds for seconds, _, _ in self.queue[:1]] + [engines[0].seconds for engines in self.unopened]
+        ended = any(not self._is_outpaced(seconds) for seconds in at_least)
+        return SearchResult(
+            ranked=tuple((run, predicted) for _, _, run, predicted in self.ranked),
+            rejected=tuple(self.rejected),
+            seconds=self.clock.seconds(),
+            evaluated_count=self.evaluated,
+            outpaced_count=0 if ended else left,
+            open_count=left if ended else 0,
+            open_at_least_seconds=min(at_least) if ended else 0.0,
+            budget_bytes=self.budget_bytes,
+            reserve_bytes=device_named(self.base.device).hbm_bytes - self.budget_bytes,
+            held=held_fixed(self.base, self.space),
+        )
 
-    def _search_layouts(self, engines: list[Engines]) -> None:
-        """Best first: of all layouts and settings, always the one that takes least at the least."""
-        if len(self.ranked) == self.wanted and engines[0].seconds >= self.ranked[-1][0]:
-            return
+    def _push(self, at_least_seconds: float, node: "_Layout | _Settings") -> None:
+        heapq.heappush(self.queue, (at_least_seconds, next(self.tick), node))
+
+    def _is_outpaced(self, at_least_seconds: float) -> bool:
+        """By all that are ranked."""
+        return len(self.ranked) == self.wanted and at_least_seconds >= (1 - LEFT_OUT_SHARE) * self.ranked[-1][0]
+
+    def _search_layouts(self) -> None:
+        """Best first: of all layouts and settings, always the one that takes least at the least. Engines are opened, the
+        likely fastest first, when the layouts beside those before them are decided."""
+        while not self.clock.is_over():
+            self.clock.report(self.evaluated, len(self.queue))
+            if not self.queue or self._is_outpaced(self.queue[0][0]):
+                following = next((one for one in self.unopened if not self._is_outpaced(one[0].seconds)), None)
+                if following is None:
+                    return
+                self.unopened.remove(following)
+                self._open_engines(following)
+                continue
+            _, _, node = heapq.heappop(self.queue)
+            if isinstance(node, _Settings):
+                self._try(node)
+                self._push_next(node)
+            elif found := problems(node.run):
+                self.rejected.append(Rejection(node.run, found[0].setting, str(found[0])))
+            else:
+                for settings in self._settings(node):
+                    self._push_next(settings)
+
+    def _open_engines(self, engines: list[Engines]) -> None:
         mildest = replace(engines[0].run, training=least_work(self.base.training, self.space))
-        tick = count()
-        queue: list[tuple[float, int, PlannedRun, _Settings | None]] = []
         for run in layouts(mildest, self.space):
             if run.rollout is not None:
-                run = self._with_batch(_with_own_engines(run))
-            queue.append((self._at_least_seconds(run, engines[0].seconds), next(tick), run, None))
-        heapq.heapify(queue)
-        while queue:
-            seconds, _, run, settings = heapq.heappop(queue)
-            if len(self.ranked) == self.wanted and seconds >= self.ranked[-1][0]:
-                undecided = {id(left.of_layout) for _, _, _, left in queue if left is not None and not left.of_layout.fitting}
-                self.outpaced += 1 + sum(left is None for _, _, _, left in queue) + len(undecided)
-                return
-            if settings is None:
-                found = problems(run)
-                if found:
-                    self.rejected.append(Rejection(run, found[0].setting, str(found[0])))
-                    continue
-                opened = self._settings(run)
-            else:
-                self._try(run, settings.of_layout, engines)
-                opened = [settings]
-            for one in opened:
-                following = self._next(one)
-                if following is not None:
-                    at_least = self._at_least_seconds(following, engines[0].seconds, settled=True)
-                    heapq.heappush(queue, (at_least, next(tick), following, one))
+                run = self._with_batch(with_own_engines(run))
+            self._push(self._at_least_seconds(run, engines[0].seconds), _Layout(engines, run))
 
-    def _settings(self, run: PlannedRun) -> list[_Settings]:
+    def _push_next(self, settings: _Settings) -> None:
+        """The settings with the next recomputation that may fit and may be faster than what fits, if there is one."""
+        run = self._next(settings)
+        if run is not None:
+            at_least_seconds = self._at_least_seconds(run, settings.engines[0].seconds, settled=True)
+            self._push(at_least_seconds, replace(settings, run=run))
+
+    def _settings(self, layout: _Layout) -> list[_Settings]:
         """The settings allowed for a layout, least recomputation first, apart for all that isn't recomputation."""
+        run = layout.run
         allowed = memory_settings(run.training, self.space, run.layout.pp)
         of_layout = _OfLayout(len(allowed))
+        choices = recompute_choices(run.shape, self.space)
         return [
-            _Settings(
-                of_layout, iter([replace(training, recompute=parts) for parts in recompute_choices(run.shape, self.space)]), run
-            )
+            _Settings(of_layout, iter([replace(training, recompute=parts) for parts in choices]), run, layout.engines)
             for training in allowed
         ]
 
@@ -217,14 +264,14 @@ class _Search:
         self.rejected.append(one)
         return None
 
-    def _try(self, run: PlannedRun, of_layout: _OfLayout, engines: list[Engines]) -> None:
+    def _try(self, settings: _Settings) -> None:
         """Predict a run if it fits and nothing that fits does less."""
+        run, of_layout, engines = settings.run, settings.of_layout, settings.engines
         if of_layout.outdoes(run.training):
             return
         training = training_memory(run)
         need_bytes = worst_stage(training).total_bytes
-        full = beside(run, engines, self.budget_bytes) if need_bytes <= self.budget_bytes else None
-        if full is None:
+        if need_bytes > self.budget_bytes or (full := beside(run, engines, self.budget_bytes)) is None:
             of_layout.note(max(need_bytes, worst_stage(memory_per_rank(run)).total_bytes), run)
             return
         leaves = full.rollout is not None and full.rollout.offload_training
@@ -280,16 +327,13 @@ class _Search:
         del self.ranked[self.wanted :]
 
 
+def _is_undecided(node: _Layout | _Settings) -> bool:
+    """A layout whose settings were tried in part, and nothing of it fits so far."""
+    return isinstance(node, _Settings) and not node.of_layout.fitting
+
+
 def _recomputes_no_more(one: TrainingPlan, other: TrainingPlan) -> bool:
     return "layer" in other.recompute or set(one.recompute) <= set(other.recompute)
-
-
-def _with_own_engines(run: PlannedRun) -> PlannedRun:
-    """With engines that generate with the trainer's weights: those of its degrees."""
-    if not shares_weights(run.rollout):
-        return run
-    layout = run.layout
-    return replace(run, rollout=replace(run.rollout, tp=layout.tp, pp=layout.pp, ep=layout.ep))
 
 
 def _family(run: PlannedRun) -> tuple:
@@ -302,4 +346,5 @@ def _simplicity(run: PlannedRun) -> tuple:
     """Orders equally fast runs: fewer ranks a replica first, then anything that is always the same."""
     layout, training = run.layout, run.training
     degrees = (layout.tp * layout.cp * layout.pp, layout.pp, layout.vpp, layout.tp, layout.ep, layout.etp)
-    return (*degrees, training.micro_batch_sequences, layout.cp_kind, layout.schedule, run.stage_layers, training.recompute)
+    settings = (training.micro_batch_sequences, training.precision, layout.cp_kind, layout.schedule, run.stage_layers)
+    return (*degrees, *settings, training.recompute)

@@ -1,6 +1,6 @@
 """What a search found: layouts in order, and for each reason why others failed the one nearest to working."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from .check import memory_problems
@@ -70,9 +70,18 @@ class SearchResult:
     evaluated_count: int
     """Steps predicted."""
     outpaced_count: int
-    """Layouts left out since they can't be faster than the last ranked one."""
+    """Layouts left out since they can't be faster than the last ranked one by more than search.LEFT_OUT_SHARE; all layouts
+    beside the same engines, which generate too slowly, as one."""
     budget_bytes: float
     """Of a GPU, that a layout may need."""
+    reserve_bytes: float = 0.0
+    """Of a GPU, that layouts leave free."""
+    held: dict[str, str] = field(default_factory=dict)
+    """What was not varied, by the flag that frees it (`candidates.held_fixed`)."""
+    open_count: int = 0
+    """Layouts at the least that the limit of time left undecided."""
+    open_at_least_seconds: float = 0.0
+    """Of a step: none of those takes less."""
 
     def groups(self) -> list[RejectionGroup]:
         """Rejections by cause, most frequent first."""

@@ -96,5 +96,6 @@ def engines_text(run: "PlannedRun") -> str:
 def settings_text(run: "PlannedRun") -> str:
     """Everything that layouts of one search differ in beside `layout_text`."""
     stages = f"stages of {value_text(run.stage_layers)} layers" if run.stage_layers else ""
-    found = [f"micro-batch {run.training.micro_batch_sequences}", recompute_text(run), stages, *states_texts(run)]
+    precision = "" if run.training.precision == "bf16" else run.training.precision
+    found = [f"micro-batch {run.training.micro_batch_sequences}", precision, recompute_text(run), stages, *states_texts(run)]
     return "; ".join(filter(None, [*found, engines_text(run) if run.rollout is not None else ""]))

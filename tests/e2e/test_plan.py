@@ -196,7 +196,7 @@ def test_a_searched_row_is_planned_again_by_its_command(launcher, flags) -> None
         (("qwen3-8b", "--png", "plan.jpg"), "ends in .png"),
         (("qwen3-8b", "--json", "plan.png", "--png", "./plan.png"), "are one file"),
         (("qwen3-8b", "--best", 0), "--best 0"),
-        (("qwen3-8b", "--best", 3, "--space.tp", 2), "--space.* and --memory-budget-gib have no effect without --search"),
+        (("qwen3-8b", "--best", 3, "--space.tp", 2), "--space.*, --search-seconds and --memory-budget-gib have no effect"),
         (("qwen3-8b", "--grpo", "--training.global-batch-sequences", 12), "no effect with --grpo"),
     ],
 )

@@ -31,7 +31,8 @@ def test_a_model_too_large_for_one_gpu(capsys) -> None:
     assert engine.startswith("--layout.tp 1: weights of 131.4 GiB leave a GPU of 79.2 no KV cache: a sequence of 264 tokens ")
     assert engine.endswith("takes 0.081 GiB")
     # A weight, its gradient, master weight and moments are 18 bytes: 1.27e12 bytes in all, 15 times 85.03e9.
-    assert trainer.startswith("--plan h100x8: weights, gradients and optimizer states alone fill 15 GPUs, and 8 train; ")
+    alone = "weights, gradients and optimizer states alone fill 15 GPUs of 79.2 GiB, and 8 train; "
+    assert trainer.startswith(f"--plan h100x8: {alone}")
 
 
 def test_the_nearest_layouts_fit_as_they_say(capsys) -> None:
