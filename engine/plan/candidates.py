@@ -245,10 +245,17 @@ def held_fixed(base: PlannedRun, space: SearchSpace) -> dict[str, str]:
     frees it."""
     training, moe = base.training, base.shape.moe
     held = {
-        "precisions": training.precision,
-        "gradient_dtype_bytes": f"gradients of {training.gradient_dtype_bytes} bytes",
-        "moment_dtype_bytes": f"moments of {training.moment_dtype_bytes} bytes",
-        "offload_optimizer": f"optimizer on the {'host' if training.offload_optimizer else 'device'}",
+        "precisions": (space.precisions or (training.precision,))[0],
+        "gradient_dtype_bytes": f"gradients of {(space.gradient_dtype_bytes or (training.gradient_dtype_bytes,))[0]} bytes",
+        "moment_dtype_bytes": f"moments of {(space.moment_dtype_bytes or (training.moment_dtype_bytes,))[0]} bytes",
+        "offload_optimizer": "optimizer on the "
+        + (
+            "host"
+            if (*space.offload_optimizer, training.offload_optimizer)[0]
+            else "device"
+            if space.offload_optimizer
+            else "device wherever that fits"
+        ),
     }
     found = {_flag(name): text for name, text in held.items() if len(getattr(space, name)) < 2}
     if base.rollout is not None and len(space.placements) == 1:

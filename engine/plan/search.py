@@ -8,7 +8,7 @@ thousandth is left out, so that no layout of the space is that much faster than 
 import heapq
 from bisect import insort
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import count
 
 from ..config import InputError
@@ -23,6 +23,7 @@ from .memory import colocated_rollout_memory, memory_per_rank, training_memory, 
 from .nearest import predict
 from .run import PlannedRun, RolloutPlan, TrainingPlan
 from .search_clock import LIMIT_SECONDS, Clock, Progress
+from .search_layout import OfLayout
 from .search_result import HOST_MEMORY, MEMORY, Rejection, SearchResult
 from .shape import ModelShape
 from .training import StepTime
@@ -37,38 +38,6 @@ MEMORY_RESERVE = 0.03
 (benchmarks/results/planner.md), half as much again in that of the rows held out, and some are much farther."""
 
 
-@dataclass
-class _OfLayout:
-    """What is known of one layout and micro-batch."""
-
-    open: int
-    """Of its `_Settings`, how many have some left."""
-    fitting: list[tuple[TrainingPlan, bool]] = field(default_factory=list)
-    """With what fits, whether the fastest engines fit beside it."""
-    least: tuple[float, PlannedRun] | None = None
-    """Of what doesn't fit, the (bound on the) least need."""
-    least_host: tuple[float, PlannedRun] | None = None
-    """Of what fits the device but not the host of a node, the least shortage."""
-
-    def outdoes(self, training: TrainingPlan) -> bool:
-        """Something that fits is at least as fast for sure: less is recomputed and offloaded, else they are the same. What is
-        offloaded makes room for faster engines, where they are not the fastest."""
-        return any(
-            _recomputes_no_more(one, training)
-            and (one.offload_optimizer == training.offload_optimizer or (fastest and not one.offload_optimizer))
-            and one == replace(training, recompute=one.recompute, offload_optimizer=one.offload_optimizer)
-            for one, fastest in self.fitting
-        )
-
-    def note(self, need_bytes: float, run: PlannedRun) -> None:
-        if self.least is None or need_bytes < self.least[0]:
-            self.least = need_bytes, run
-
-    def note_host(self, shortage_bytes: float, run: PlannedRun) -> None:
-        if self.least_host is None or shortage_bytes < self.least_host[0]:
-            self.least_host = shortage_bytes, run
-
-
 @dataclass(frozen=True)
 class _Layout:
     """Of which nothing is tried yet."""
@@ -81,7 +50,7 @@ class _Layout:
 class _Settings:
     """The recomputations of a layout that were not tried yet, everything else being settled."""
 
-    of_layout: _OfLayout
+    of_layout: OfLayout
     left: Iterator[TrainingPlan]
     run: PlannedRun
     """With the recomputation that is the next."""
@@ -105,7 +74,8 @@ def search(
 
     `memory_bytes`: budget of a GPU; None: all that the device has but MEMORY_RESERVE. `ranked`: how many layouts to find.
     `host_memory_gib`: of a node, as in PlannedRun. With a rollout, each layout of the trainer is ranked with its fastest
-    engines. Where nothing fits and the space leaves offload_optimizer open, the same is tried with the optimizer on the host.
+    engines. Where nothing fits with a placement and the space leaves offload_optimizer open, the same is tried with the
+    optimizer on the host.
     After `limit_seconds` the search ends, and its result says what was left open. `progress` is called once in a second with
     the numbers of steps predicted and of layouts that wait.
     Raises InputError for an unknown device, and for settings or values of the space that no layout could make right.
@@ -117,11 +87,7 @@ def search(
     budget_bytes = memory_bytes or (1 - MEMORY_RESERVE) * device_named(device).hbm_bytes
     _require_possible(base, space)
     clock = Clock(limit_seconds, progress)
-    result = _Search(base, space, budget_bytes, ranked, clock).result()
-    if not result.ranked and not space.offload_optimizer and not base.training.offload_optimizer and not clock.is_over():
-        offloaded = _Search(base, replace(space, offload_optimizer=(True,)), budget_bytes, ranked, clock).result()
-        result = offloaded if offloaded.ranked else result
-    return result
+    return _Search(base, space, budget_bytes, ranked, clock).result()
 
 
 def _require_possible(base: PlannedRun, space: SearchSpace) -> None:
@@ -160,6 +126,8 @@ class _Search:
         self.batches: dict[tuple, TrainingPlan] = {}
         self.rejected: list[Rejection] = []
         self.ranked: list[tuple[float, tuple, PlannedRun, StepTime | GrpoStep]] = []
+        self.fitting: set[str] = set()
+        """Placements with which something fits."""
         self.evaluated = 0
 
     def result(self) -> SearchResult:
@@ -167,6 +135,8 @@ class _Search:
         self.rejected += [Rejection(run, "rollout.tp", reason) for run, reason in failed]
         self.unopened = sorted(groups, key=likely_seconds)  # engines beside which no layout was looked at
         self._search_layouts()
+        if not self.space.offload_optimizer and not self.base.training.offload_optimizer:
+            self._offload([engines for engines in groups if engines[0].run.placement not in self.fitting])
         if not (self.ranked or self.rejected or self.queue or self.unopened):
             gpus, model = self.base.gpus, self.base.shape.name
             raise InputError(f"no layout of --space.* divides {gpus} GPUs and {model}: allow more degrees")
@@ -186,6 +156,18 @@ class _Search:
             reserve_bytes=device_named(self.base.device).hbm_bytes - self.budget_bytes,
             held=held_fixed(self.base, self.space),
         )
+
+    def _offload(self, groups: list[list[Engines]]) -> None:
+        """Try engines again, beside which nothing fits with their placement, with the optimizer on the host."""
+        if not groups or self.clock.is_over():
+            return
+        allowed, rejected, fitted = self.space, self.rejected, set(self.fitting)
+        self.rejected = [one for one in rejected if one.run.placement in fitted]
+        self.space, self.unopened = replace(allowed, offload_optimizer=(True,)), sorted(groups, key=likely_seconds)
+        self._search_layouts()
+        self.space = allowed
+        if self.fitting == fitted:
+            self.rejected = rejected
 
     def _push(self, at_least_seconds: float, node: "_Layout | _Settings") -> None:
         heapq.heappush(self.queue, (at_least_seconds, next(self.tick), node))
@@ -234,7 +216,7 @@ class _Search:
         """The settings allowed for a layout, least recomputation first, apart for all that isn't recomputation."""
         run = layout.run
         allowed = memory_settings(run.training, self.space, run.layout.pp)
-        of_layout = _OfLayout(len(allowed))
+        of_layout = OfLayout(len(allowed))
         choices = recompute_choices(run.shape, self.space)
         return [
             _Settings(of_layout, iter([replace(training, recompute=parts) for parts in choices]), run, layout.engines)
@@ -280,6 +262,7 @@ class _Search:
         if shortage_bytes:
             of_layout.note_host(shortage_bytes, full)
             return
+        self.fitting.add(run.placement)
         of_layout.fitting.append((run.training, full.rollout == engines[0].run.rollout))
         self._predict(full)
 
@@ -330,10 +313,6 @@ class _Search:
 def _is_undecided(node: _Layout | _Settings) -> bool:
     """A layout whose settings were tried in part, and nothing of it fits so far."""
     return isinstance(node, _Settings) and not node.of_layout.fitting
-
-
-def _recomputes_no_more(one: TrainingPlan, other: TrainingPlan) -> bool:
-    return "layer" in other.recompute or set(one.recompute) <= set(other.recompute)
 
 
 def _family(run: PlannedRun) -> tuple:
