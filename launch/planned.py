@@ -3,6 +3,7 @@ printed of them. Nothing here imports torch, so that launch/plan.py doesn't wait
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,10 +162,7 @@ def predict(run: PlannedRun) -> tuple[MemoryPrediction | None, list[Problem]]:
     if found:
         return None, found
     run = with_batch(replace(run, layout=run.layout.resolve(run.training_gpus)))
-    found = check(run)
-    if problems(run):
-        return None, found
-    return predicted(run), found
+    return predicted(run), check(run)
 
 
 def predicted(run: PlannedRun) -> MemoryPrediction:
@@ -176,18 +174,13 @@ def predicted(run: PlannedRun) -> MemoryPrediction:
 def plan_grpo(config: "GrpoConfig", gpus: int, device: str) -> int:
     """--plan of launch/grpo.py; returns the exit code."""
     require_device(device, gpus)
-
-    def of(layout: Layout, gpus: int, kv_cache_gib: float) -> PlannedRun:
-        rollout = replace(config.rollout, kv_cache_gib=kv_cache_gib)
-        return grpo_run(replace(config, layout=layout, rollout=rollout), gpus, device)
-
-    run, console = of(config.layout, gpus, config.rollout.kv_cache_gib), make_console()
-    if not problems(run):
-        run = with_batch(run)
+    of, console = _with_settings(grpo_run, config, device), make_console()
+    run = of(config.layout, gpus, config.rollout.kv_cache_gib)
     found = mistakes = problems(run)
     if mistakes:
         show_problems([as_plan_flag(problem, run) for problem in mistakes], console)
     else:
+        run = with_batch(run)
         found = LaunchedRun(run, config.rollout.kv_cache_gib, of, trains=True).problems()
         show(predicted(run), [as_plan_flag(problem, run) for problem in found], console)
     show_notes(assumptions(run) + ([PROBLEMS_NOTE] if mistakes else []), console)
@@ -197,12 +190,8 @@ def plan_grpo(config: "GrpoConfig", gpus: int, device: str) -> int:
 def plan_evaluation(config: "EvaluateConfig", gpus: int, device: str) -> int:
     """--plan of launch/evaluate.py; returns the exit code."""
     require_device(device, gpus)
-
-    def of(layout: Layout, gpus: int, kv_cache_gib: float) -> PlannedRun:
-        rollout = replace(config.rollout, kv_cache_gib=kv_cache_gib)
-        return evaluation_run(replace(config, layout=layout, rollout=rollout), gpus, device)
-
-    run, console = of(config.layout, gpus, config.rollout.kv_cache_gib), make_console()
+    of, console = _with_settings(evaluation_run, config, device), make_console()
+    run = of(config.layout, gpus, config.rollout.kv_cache_gib)
     mistakes = problems(run)
     found = mistakes or LaunchedRun(run, config.rollout.kv_cache_gib, of, trains=False).problems()
     if found:
@@ -212,6 +201,16 @@ def plan_evaluation(config: "EvaluateConfig", gpus: int, device: str) -> int:
     notes = [] if config.eval.questions else [QUESTIONS_NOTE]
     show_notes(assumptions(run) + notes + ([PROBLEMS_NOTE] if mistakes else []), console)
     return PROBLEMS_EXIT_CODE if found else 0
+
+
+def _with_settings(planned: Callable[..., PlannedRun], config: Any, device: str) -> Callable[[Layout, int, float], PlannedRun]:
+    """grpo_run or evaluation_run of this config with another layout, number of GPUs and GiB of KV cache."""
+
+    def of(layout: Layout, gpus: int, kv_cache_gib: float) -> PlannedRun:
+        rollout = replace(config.rollout, kv_cache_gib=kv_cache_gib)
+        return planned(replace(config, layout=layout, rollout=rollout), gpus, device)
+
+    return of
 
 
 def require_device(device: str, gpus: int) -> None:

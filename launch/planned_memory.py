@@ -13,6 +13,7 @@ from strop.engine.plan.check import trainer_memory_problems
 from strop.engine.plan.devices import device_named
 from strop.engine.plan.grpo import grpo_step
 from strop.engine.plan.memory import fits, memory_per_rank, worst_stage
+from strop.engine.plan.nearest import GPU_FACTORS
 from strop.engine.plan.packing import with_batch
 from strop.engine.plan.problem import Problem
 from strop.engine.plan.rollout import rollout_time
@@ -22,8 +23,6 @@ from strop.engine.plan.shape import ModelShape
 from strop.engine.plan.text import flag_text, gib_text, seconds_text
 from strop.engine.plan.validation import problems
 
-GPU_FACTORS = (1, 2, 4, 8, 16, 32, 64)
-"""Times the GPUs that were asked for, on which other layouts are tried."""
 NAMED_WAYS = 2
 
 
@@ -65,7 +64,7 @@ class LaunchedRun:
 
     def _ways(self) -> tuple[str, ...]:
         """Layouts that fit, on as few GPUs as there are any for, those with the fewest degrees changed, fastest first."""
-        for factor in GPU_FACTORS:
+        for factor in (1, *GPU_FACTORS):
             found = sorted(self._ways_on(self.run.gpus * factor))
             if found:
                 return tuple(text for *_, text in found[:NAMED_WAYS])

@@ -52,7 +52,7 @@ def kept_bytes(run: PlannedRun, layer: int, recompute: bool = True) -> float:
     recomputed = set(run.training.recompute) if recompute else set()
     kept = sum(tensor.size_bytes for tensor in saved_tensors(run, layer) if not tensor.recomputed_by & recomputed)
     if "every_second_product" in recomputed:  # it keeps the down projection's output, although nothing needs it
-        kept += _split_tokens(run) * run.shape.hidden_size * run.training.element_bytes
+        kept += run.tokens_outside * run.shape.hidden_size * run.training.element_bytes
     return kept
 
 
@@ -75,7 +75,7 @@ def rank_kept_bytes(run: PlannedRun) -> list[float]:
         for rank in ranks:
             of_chunks[rank].append(sum(map(kept, layers)))
     is_ahead = run.pairs_passes and run.layout.schedule not in ("dualpipe", "dualpipev")
-    last_norm = 2 * _split_tokens(run) * run.shape.hidden_size * run.training.element_bytes
+    last_norm = 2 * run.tokens_outside * run.shape.hidden_size * run.training.element_bytes
     return [
         float(held) + (max(map(kept, stage.layers), default=0.0) if is_ahead else 0.0) + stage.has_head * last_norm
         for held, stage in zip(most_held_bytes(run, np.array(of_chunks)), run.stages(), strict=True)
@@ -133,11 +133,6 @@ def _is_ulysses(run: PlannedRun) -> bool:
     return run.layout.cp > 1 and run.layout.cp_kind == "ulysses"
 
 
-def _split_tokens(run: PlannedRun) -> float:
-    """Tokens of a micro-batch in norms and residuals of one rank: sequence parallelism splits them over the tp ranks."""
-    return run.microbatch_tokens / (run.layout.tp if run.layout.sp else 1)
-
-
 def _tensor(name: str, size: float, *recomputed_by: RecomputePart) -> SavedTensor:
     return SavedTensor(name, size, frozenset(("layer", "every_second_product", *recomputed_by)))
 
@@ -148,7 +143,7 @@ def _kept_by_every_second(name: str, size: float, *recomputed_by: RecomputePart)
 
 
 def _norms(run: PlannedRun, layer: int) -> Iterator[SavedTensor]:
-    state = _split_tokens(run) * run.shape.hidden_size
+    state = run.tokens_outside * run.shape.hidden_size
     moe = run.shape.kind(layer) == "moe"  # the router reads 16 bits
     yield SavedTensor("layer input", state * run.training.element_bytes, frozenset())
     yield _tensor("attention norm output", state * _product_input_bytes(run), "norms")
@@ -180,9 +175,9 @@ def _latent_attention(run: PlannedRun) -> Iterator[SavedTensor]:
     """MLA in its training form: compressed vectors on every rank, up-projected heads split."""
     shape, mla, tokens, element = run.shape, run.shape.mla, run.microbatch_tokens, run.training.element_bytes
     heads = shape.num_heads / run.layout.tp
-    compressed = _split_tokens(run) * (mla.q_rank + mla.kv_rank)
+    compressed = run.tokens_outside * (mla.q_rank + mla.kv_rank)
     yield _kept_by_every_second(
-        "compressed q and kv, shared key", compressed * element + _split_tokens(run) * mla.rope_dim * element
+        "compressed q and kv, shared key", compressed * element + run.tokens_outside * mla.rope_dim * element
     )
     yield _tensor("compressed norms' output", compressed * _product_input_bytes(run), "norms")
     yield _tensor("q", tokens * heads * (mla.nope_dim + mla.rope_dim) * element, "mla_up_projection")
@@ -212,7 +207,7 @@ def _dense_mlp(run: PlannedRun) -> Iterator[SavedTensor]:
 def _moe(run: PlannedRun) -> Iterator[SavedTensor]:
     """Expert tensors are those of the busiest rank. The router's probabilities multiply the SwiGLU output, so that the second
     product's output need not be kept (Megatron, moe_permute_fusion)."""
-    shape, moe, tokens = run.shape, run.shape.moe, _split_tokens(run)
+    shape, moe, tokens = run.shape, run.shape.moe, run.tokens_outside
     copies, width = run.expert_token_copies, moe.expert_intermediate_size / run.layout.etp
     yield _tensor("router", tokens * moe.num_experts * ROUTER_BYTES, "experts")
     yield _tensor("dispatched tokens", copies * shape.hidden_size * _product_input_bytes(run), "experts")

@@ -10,6 +10,7 @@ from .run import PlannedRun, RecomputePart, TrainingPlan, TrainingPrecision
 from .shape import ModelShape
 from .stage_balance import balanced_stage_layers
 from .stages import even_split
+from .validation import lacking_parts
 
 RECOMPUTE_CHOICES: tuple[tuple[RecomputePart, ...], ...] = (
     (),
@@ -76,7 +77,7 @@ class SearchSpace:
     split_shares: tuple[float, ...] = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
     """Shares of the GPUs that only generate, where the placement is split."""
     rollout_tp: tuple[int, ...] = ()
-    """Unset: every divisor of the heads up to 64 GPUs."""
+    """Unset: every divisor of the GPUs, up to 64, that the model divides over."""
     rollout_ep: tuple[int, ...] = ()
     """Unset: 1, and every divisor of the experts up to 64 GPUs that is a multiple of the engine's tp."""
     memory_fractions: tuple[float, ...] = ()
@@ -232,10 +233,7 @@ def least_work(training: TrainingPlan, space: SearchSpace) -> TrainingPlan:
 
 def recompute_choices(shape: ModelShape, space: SearchSpace) -> tuple[tuple[RecomputePart, ...], ...]:
     """Those of the space without parts that the model lacks, each once, shortest first."""
-    kinds = {shape.kind(layer) for layer in range(shape.num_layers)}
-    lacking = {"mla_up_projection"} if shape.mla is None else set()
-    lacking |= {"dense_mlp"} if "dense" not in kinds else set()
-    lacking |= {"experts"} if "moe" not in kinds else set()
+    lacking = lacking_parts(shape)
     choices = dict.fromkeys(tuple(part for part in choice if part not in lacking) for choice in space.recompute)
     return tuple(sorted(choices, key=lambda choice: (choice == ("layer",), len(choice))))
 
@@ -244,18 +242,13 @@ def held_fixed(base: PlannedRun, space: SearchSpace) -> dict[str, str]:
     """What a search of this run doesn't vary though it could be faster or smaller otherwise, in words, each with the flag that
     frees it."""
     training, moe = base.training, base.shape.moe
+    offloaded = (space.offload_optimizer or (training.offload_optimizer,))[0]
+    where = "host" if offloaded else "device" if space.offload_optimizer else "device wherever that fits"
     held = {
         "precisions": (space.precisions or (training.precision,))[0],
         "gradient_dtype_bytes": f"gradients of {(space.gradient_dtype_bytes or (training.gradient_dtype_bytes,))[0]} bytes",
         "moment_dtype_bytes": f"moments of {(space.moment_dtype_bytes or (training.moment_dtype_bytes,))[0]} bytes",
-        "offload_optimizer": "optimizer on the "
-        + (
-            "host"
-            if (*space.offload_optimizer, training.offload_optimizer)[0]
-            else "device"
-            if space.offload_optimizer
-            else "device wherever that fits"
-        ),
+        "offload_optimizer": f"optimizer on the {where}",
     }
     found = {_flag(name): text for name, text in held.items() if len(getattr(space, name)) < 2}
     if base.rollout is not None and len(space.placements) == 1:

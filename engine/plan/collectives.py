@@ -202,10 +202,9 @@ def expert_exchange_seconds(
 
     alltoall: NCCL moves every one of the top_k copies. deepep, hybridep: a token goes to each distinct node once, by network,
     and there to each distinct GPU by NVLink (DeepSeek-V3, arXiv 2412.19437, section 3.2.2). Neither contains the sorting of
-    tokens by expert, nor the host's wait for their counts. Callers leave out FP8's
-    scales (4 bytes every 128 elements, 3% more).
-    On the way back copies are summed where the dispatch multiplied them, so it takes as long as one of the same bytes (2 an
-    element or more: the sums need it).
+    tokens by expert, nor the host's wait for their counts. Callers leave out FP8's scales (4 bytes every 128 elements, 3%
+    more). On the way back copies are summed where the dispatch multiplied them, so it takes as long as one of the same bytes
+    (2 an element or more: the sums need it).
     """
     if ep == 1:
         return 0.0

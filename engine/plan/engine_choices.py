@@ -13,7 +13,7 @@ from .memory import colocated_rollout_memory, generating_gpu_bytes, offloads_wei
 from .rollout import most_active, rollout_time
 from .rollout_fit import rollout_problems
 from .rollout_memory import rollout_kv_cache_bytes, rollout_weight_bytes
-from .run import PlannedRun, RolloutPlan
+from .run import PlannedRun
 from .weight_sync import weight_sync_time
 
 LARGEST_ROLLOUT_ENGINE_GPUS = 64
@@ -74,7 +74,7 @@ def beside(run: PlannedRun, engines: list[Engines], budget_bytes: float) -> Plan
     if run.placement == "split":
         fitting = (one.run for one in engines if sum(generating_gpu_bytes(one.run).values()) <= budget_bytes)
         return next((replace(run, rollout=engine.rollout) for engine in fitting), None)
-    if shares_weights(run.rollout):
+    if run.rollout.shares_weights:
         axes = ("tp", "pp", "ep")
         engines = [one for one in engines if all(getattr(one.run.rollout, axis) == getattr(run.layout, axis) for axis in axes)]
     if run.rollout.weight_sync == "alias":  # what the cache gets depends on the layout too
@@ -107,7 +107,7 @@ def likely_seconds(engines: list[Engines]) -> float:
 
 def with_own_engines(run: PlannedRun) -> PlannedRun:
     """With engines that generate with the trainer's weights: those of its degrees."""
-    if not shares_weights(run.rollout):
+    if not run.rollout.shares_weights:
         return run
     layout = run.layout
     return replace(run, rollout=replace(run.rollout, tp=layout.tp, pp=layout.pp, ep=layout.ep))
@@ -122,11 +122,6 @@ def _kind(run: PlannedRun) -> tuple:
 def _device_bytes(run: PlannedRun) -> float:
     """On a generating GPU, whatever trains beside."""
     return rollout_weight_bytes(run) + rollout_kv_cache_bytes(run)
-
-
-def shares_weights(plan: RolloutPlan) -> bool:
-    """Engines generate with the weights that a GPU trains, so they have the trainer's degrees."""
-    return plan.weight_sync in ("alias", "local_copy")
 
 
 def rollouts(base: PlannedRun, space: SearchSpace) -> Iterator[PlannedRun]:
@@ -154,11 +149,11 @@ def rollouts(base: PlannedRun, space: SearchSpace) -> Iterator[PlannedRun]:
 def _engines(run: PlannedRun, space: SearchSpace) -> Iterator[PlannedRun]:
     shape, plan, gpus = run.shape, run.rollout, run.rollout_gpus
     most = min(gpus, LARGEST_ROLLOUT_ENGINE_GPUS)
-    pps = divisors(gpus, shape.num_layers) if shares_weights(plan) else [plan.pp]
+    pps = divisors(gpus, shape.num_layers) if plan.shares_weights else [plan.pp]
     experts = [1] if shape.moe is None else divisors(shape.moe.num_experts, most)
     for tp, ep, pp in product(space.rollout_tp or divisors(gpus, most), space.rollout_ep or experts, pps):
         one = replace(run, rollout=replace(plan, tp=tp, ep=ep, pp=pp))
-        if shares_weights(plan):
+        if plan.shares_weights:
             layout = Layout(tp=tp, sp=tp > 1, pp=pp, ep=ep, etp=tp if ep == 1 and shape.moe else 1, dp=gpus // (tp * pp))
             one = replace(one, layout=layout)
         if gpus % one.rollout.engine_gpus or any(rollout_problems(one)):

@@ -83,8 +83,7 @@ class Work:
 
     @property
     def tokens_outside(self) -> float:
-        """Tokens of norms, residuals, router and expert dispatch on this rank: sequence parallel divides them by tp."""
-        return self.tokens / (self.run.layout.tp if self.run.layout.sp else 1)
+        return self.run.tokens_outside
 
     @property
     def routed_rows(self) -> float:

@@ -224,7 +224,7 @@ def communication_bytes(run: PlannedRun, stage: Stage) -> float:
         widths = 2 * shape.head_dim if mla is None else mla.nope_dim + mla.rope_dim + mla.value_dim
         total += 2 * run.microbatch_tokens * run.attended_kv_heads * widths * element
     if layout.pp > 1:
-        total += 2 * run.microbatch_tokens / (layout.tp if layout.sp else 1) * shape.hidden_size * element
+        total += 2 * run.tokens_outside * shape.hidden_size * element
     return total
 
 

@@ -10,7 +10,6 @@ from ..config import GIB, ContextParallelKind, InputError, Layout
 from .bounds import Bounds
 from .candidates import RECOMPUTE_CHOICES, SHORTEST_CONTEXT_TOKENS, SearchSpace, divisors, recompute_choices
 from .devices import device_named
-from .engine_choices import shares_weights
 from .grpo import GrpoStep, grpo_step, optimizer_step_run
 from .host_memory import fullest_node
 from .memory import fits, generating_gpu_bytes, memory_per_rank, memory_phases, worst_stage
@@ -110,7 +109,7 @@ def nearest_that_fit(run: PlannedRun, budget_bytes: float) -> list[Working]:
         fitting = [one for one in following.values() if not one.shortage_bytes and fits(one.run, budget_bytes)]
         if fitting:
             return _fastest(fitting)
-        most = attempts[0].shortage_bytes if len(attempts) == 1 else max(one.shortage_bytes for one in attempts)
+        most = max(one.shortage_bytes for one in attempts)
         attempts = [one for one in following.values() if one.shortage_bytes < most - SMALLEST_CHANGE_BYTES]
         if not attempts:
             break
@@ -247,7 +246,7 @@ def _layout_changes(run: PlannedRun) -> Iterator[Change]:
         if name == "pp" and degree == 1:
             changed = replace(changed, vpp=1, schedule="1f1b")
         rollout = run.rollout
-        if rollout is not None and shares_weights(rollout):
+        if rollout is not None and rollout.shares_weights:
             etp = changed.etp if run.shape.moe is None else changed.tp if changed.ep == 1 else 1
             changed = replace(changed, etp=etp)
             rollout = replace(rollout, tp=changed.tp, pp=changed.pp, ep=changed.ep)

@@ -21,7 +21,7 @@ def rollout_problems(run: "PlannedRun") -> Iterator[Problem]:
     if plan.max_sequences < replicas:
         reason = f"an engine of ep {plan.ep} and tp {plan.tp} has {replicas} replicas, each with a sequence of its own"
         found.append(Problem("rollout.max_sequences", plan.max_sequences, reason, (replicas,)))
-    if plan.weight_sync in ("alias", "local_copy"):
+    if plan.shares_weights:
         found += _same_weights_problems(run)
     degrees = {"rollout.tp", "rollout.pp", "rollout.ep"}
     if run.rollout_gpus % plan.engine_gpus and not any(one.setting in degrees and one.nearest for one in found):

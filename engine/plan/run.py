@@ -176,6 +176,11 @@ class RolloutPlan:
         return math.ceil(self.prompt_tokens + self.max_response_tokens)
 
     @property
+    def shares_weights(self) -> bool:
+        """Engines generate with the weights that a GPU trains, so they have the trainer's degrees."""
+        return self.weight_sync in ("alias", "local_copy")
+
+    @property
     def engine_gpus(self) -> int:
         """GPUs of one generation engine."""
         return max(self.tp, self.ep) * self.pp
@@ -242,6 +247,11 @@ class PlannedRun:
     def microbatch_tokens(self) -> int:
         """Tokens of a micro-batch on one context-parallel rank (tensor-parallel ranks share them)."""
         return self.training.micro_batch_sequences * self.training.sequence_length_tokens // self.layout.cp
+
+    @property
+    def tokens_outside(self) -> float:
+        """Tokens of norms, residuals, router and expert dispatch on one rank: sequence parallel divides them by tp."""
+        return self.microbatch_tokens / (self.layout.tp if self.layout.sp else 1)
 
     @property
     def expert_token_copies(self) -> float:

@@ -24,6 +24,7 @@ from .rollout_fit import rollout_problems
 
 if TYPE_CHECKING:
     from .run import PlannedRun
+    from .shape import ModelShape
 
 CHECKS = (tensor_problems, expert_problems, context_problems, pipeline_problems, batch_problems, rollout_problems)
 FLOAT_BYTES = (1, 2, 4)
@@ -164,17 +165,23 @@ def _training_problems(run: "PlannedRun") -> Iterator[Problem]:
 def _recompute_problems(run: "PlannedRun") -> Iterator[Problem]:
     """Parts that a model doesn't have, or that hold each other."""
     recompute, shape = run.training.recompute, run.shape
-    kinds = {shape.kind(layer) for layer in range(shape.num_layers)}
     if "layer" in recompute and len(recompute) > 1:
         yield Problem("training.recompute", recompute, "'layer' holds all other parts", (("layer",),))
         return
-    lacking = {"mla_up_projection": shape.mla is None, "dense_mlp": "dense" not in kinds, "experts": "moe" not in kinds}
-    kept = tuple(dict.fromkeys(part for part in recompute if not lacking.get(part, False)))
+    lacking = lacking_parts(shape)
+    kept = tuple(dict.fromkeys(part for part in recompute if part not in lacking))
     if len(kept) < len(recompute):
         yield Problem("training.recompute", recompute, f"names a part twice, or one that {shape.name} doesn't have", (kept,))
     if "every_second_product" in recompute and (shape.moe is not None or shape.mla is not None):
         reason = f"every_second_product counts the products of a dense Llama layer; {shape.name} has other ones"
         yield Problem("training.recompute", recompute, reason, (("norms", "activation"),))
+
+
+def lacking_parts(shape: "ModelShape") -> set[str]:
+    """Parts of layers that may be recomputed, but that this model doesn't have."""
+    kinds = {shape.kind(layer) for layer in range(shape.num_layers)}
+    lacks = {"mla_up_projection": shape.mla is None, "dense_mlp": "dense" not in kinds, "experts": "moe" not in kinds}
+    return {part for part, lacking in lacks.items() if lacking}
 
 
 def _device_problems(run: "PlannedRun") -> Iterator[Problem]:
@@ -196,11 +203,10 @@ def _placement_problems(run: "PlannedRun") -> Iterator[Problem]:
         return
     if split and not 0 < plan.gpus < run.gpus:
         reason = f"with split placement some of the {run.gpus} GPUs generate and the others train"
-        engine_gpus = max(plan.engine_gpus, 1)
-        most = (run.gpus - 1) // engine_gpus * engine_gpus
-        fits = () if most < 1 else (engine_gpus,) if plan.gpus < 1 else (most,)
+        most = (run.gpus - 1) // plan.engine_gpus * plan.engine_gpus
+        fits = () if most < 1 else (plan.engine_gpus,) if plan.gpus < 1 else (most,)
         yield Problem("rollout.gpus", plan.gpus, reason, fits)
-    if split and plan.weight_sync in ("alias", "local_copy"):
+    if split and plan.shares_weights:
         reason = "with split placement weights come from other GPUs"
         yield Problem("rollout.weight_sync", plan.weight_sync, reason, ("reshard", "broadcast", "stream"))
     if split and plan.offload_training:
@@ -219,8 +225,7 @@ def _placement_problems(run: "PlannedRun") -> Iterator[Problem]:
     if plan.speculative_tokens > plan.max_response_tokens:
         reason = f"a step accepts no more than a response of {plan.max_response_tokens} tokens"
         yield Problem("rollout.speculative_tokens", plan.speculative_tokens, reason, (plan.max_response_tokens,))
-    samples = plan.samples
-    if plan.optimizer_steps >= 1 and samples % plan.optimizer_steps:
-        reason = f"{samples} samples don't divide into as many mini-batches"
-        fits = nearest_fitting(plan.optimizer_steps, samples, lambda steps: samples % steps == 0)
+    if plan.samples % plan.optimizer_steps:
+        reason = f"{plan.samples} samples don't divide into as many mini-batches"
+        fits = nearest_fitting(plan.optimizer_steps, plan.samples, lambda steps: plan.samples % steps == 0)
         yield Problem("rollout.optimizer_steps", plan.optimizer_steps, reason, fits)
